@@ -1,0 +1,399 @@
+/**
+ * The differentiable operations that a Qwen2.5-VL is made of, on packed tokens (`[N, …]`, no padding; segments say which
+ * tokens belong together). Each has a plain form in tfjs operations and, where the backend has one registered, a fused
+ * kernel (`Mgpo…`) with its own gradient; {@linkcode useKernels} chooses. Tests hold the two equal.
+ *
+ * @module
+ */
+import { tf } from "../deps.ts";
+
+/** Which implementation {@linkcode useKernels} selects. */
+export type Kernels = "plain" | "fused";
+let kernels: Kernels = "fused";
+
+/**
+ * Chooses between plain tfjs operations and fused kernels for all later calls. `fused` uses a fused kernel where the current
+ * backend has one and plain operations elsewhere.
+ */
+export function useKernels(choice: Kernels): void {
+  if (choice !== "plain" && choice !== "fused") {
+    throw new RangeError(`kernels must be "plain" or "fused", got ${JSON.stringify(choice)}`);
+  }
+  kernels = choice;
+}
+
+/** The current choice of {@linkcode useKernels}. */
+export function currentKernels(): Kernels {
+  return kernels;
+}
+
+/** Whether the fused kernel of that name is to be used now. */
+export function hasFused(name: string): boolean {
+  return kernels === "fused" && tf.getKernel(name, tf.getBackend()) !== undefined;
+}
+
+type Attrs = Record<string, number | boolean>;
+
+/** Runs a registered kernel. */
+export function run(name: string, inputs: Record<string, tf.Tensor>, attrs: Attrs = {}): tf.Tensor | tf.Tensor[] {
+  return tf.engine().runKernel(name, inputs as unknown as tf.NamedTensorMap, attrs) as tf.Tensor | tf.Tensor[];
+}
+const run1 = <T extends tf.Tensor>(name: string, inputs: Record<string, tf.Tensor>, attrs: Attrs = {}): T =>
+  run(name, inputs, attrs) as T;
+const runMany = (name: string, inputs: Record<string, tf.Tensor>, attrs: Attrs = {}): tf.Tensor[] =>
+  run(name, inputs, attrs) as tf.Tensor[];
+
+// tf.customGrad is typed for one shape only; these two lines are the seam where the types are restated.
+type Save = (tensors: tf.Tensor[]) => void;
+type GradResult = { value: tf.Tensor; gradFunc: (dy: tf.Tensor, saved: tf.Tensor[]) => tf.Tensor[] };
+function custom<T extends tf.Tensor>(inputs: tf.Tensor[], f: (inputs: tf.Tensor[], save: Save) => GradResult): T {
+  const op = tf.customGrad(
+    ((...args: unknown[]) => {
+      const save = args[args.length - 1] as Save;
+      return f(args.slice(0, -1) as tf.Tensor[], save);
+    }) as unknown as Parameters<typeof tf.customGrad>[0],
+  );
+  return op(...inputs) as T;
+}
+
+/** `a·b` of rank 2 with optional transposes; the wasm backend multiplies 15 times faster after an explicit transpose. */
+export function matMul(a: tf.Tensor2D, b: tf.Tensor2D, transposeA = false, transposeB = false): tf.Tensor2D {
+  if (hasFused("MgpoMatMul")) return run1("MgpoMatMul", { a, b }, { transposeA, transposeB });
+  if (tf.getBackend() !== "wasm") return tf.matMul(a, b, transposeA, transposeB);
+  return tf.tidy(() => tf.matMul(transposeA ? tf.transpose(a) : a, transposeB ? tf.transpose(b) : b));
+}
+
+/**
+ * A linear layer, `x·wᵀ + bias`.
+ *
+ * @param x `[N, I]`
+ * @param w `[O, I]`, as checkpoints store it
+ * @param bias `[O]`
+ * @returns `[N, O]`
+ */
+export function linear(x: tf.Tensor2D, w: tf.Tensor2D, bias?: tf.Tensor1D): tf.Tensor2D {
+  const inputs: tf.Tensor[] = bias ? [x, w, bias] : [x, w];
+  return custom<tf.Tensor2D>(inputs, ([x, w, bias], save) => {
+    save([x, w]);
+    let value: tf.Tensor;
+    if (bias && hasFused("MgpoMatMul")) {
+      value = run1("MgpoMatMul", { a: x, b: w, bias }, { transposeA: false, transposeB: true });
+    } else {
+      value = matMul(x as tf.Tensor2D, w as tf.Tensor2D, false, true);
+      if (bias) value = tf.add(value, bias);
+    }
+    const gradFunc = (dy: tf.Tensor, [x, w]: tf.Tensor[]) => {
+      const grads = [
+        matMul(dy as tf.Tensor2D, w as tf.Tensor2D) as tf.Tensor,
+        matMul(dy as tf.Tensor2D, x as tf.Tensor2D, true, false),
+      ];
+      if (bias) grads.push(hasFused("MgpoColSum") ? run1("MgpoColSum", { x: dy }) : tf.sum(dy, 0));
+      return grads;
+    };
+    return { value, gradFunc };
+  });
+}
+
+/**
+ * Root-mean-square norm, `x / sqrt(mean(x²) + eps) · w` over the last axis.
+ *
+ * @param x `[N, D]`
+ * @param w `[D]`
+ */
+export function rmsNorm(x: tf.Tensor2D, w: tf.Tensor1D, eps: number): tf.Tensor2D {
+  if (!hasFused("MgpoRmsNorm")) {
+    return tf.tidy(() => tf.mul(tf.mul(x, tf.rsqrt(tf.add(tf.mean(tf.square(x), -1, true), eps))), w) as tf.Tensor2D);
+  }
+  return custom<tf.Tensor2D>([x, w], ([x, w], save) => {
+    const [value, rstd] = runMany("MgpoRmsNorm", { x, w }, { eps });
+    save([x, w, rstd]);
+    return { value, gradFunc: (dy, [x, w, rstd]) => runMany("MgpoRmsNormGrad", { x, w, rstd, dy }) };
+  });
+}
+
+/** `silu(gate)·up`, both `[N, M]`. */
+export function swiglu(gate: tf.Tensor2D, up: tf.Tensor2D): tf.Tensor2D {
+  if (!hasFused("MgpoSwiGLU")) return tf.tidy(() => tf.mul(tf.mul(gate, tf.sigmoid(gate)), up) as tf.Tensor2D);
+  return custom<tf.Tensor2D>([gate, up], ([gate, up], save) => {
+    save([gate, up]);
+    return {
+      value: run1("MgpoSwiGLU", { gate, up }),
+      gradFunc: (dy, [gate, up]) => runMany("MgpoSwiGLUGrad", { gate, up, dy }),
+    };
+  });
+}
+
+/** The exact (erf) GELU. */
+export function gelu(x: tf.Tensor2D): tf.Tensor2D {
+  if (!hasFused("MgpoGelu")) {
+    return tf.tidy(() => tf.mul(tf.mul(x, 0.5), tf.add(tf.erf(tf.mul(x, Math.SQRT1_2)), 1)) as tf.Tensor2D);
+  }
+  return custom<tf.Tensor2D>([x], ([x], save) => {
+    save([x]);
+    return { value: run1("MgpoGelu", { x }), gradFunc: (dy, [x]) => [run1("MgpoGeluGrad", { x, dy })] };
+  });
+}
+
+/** The `[d, d]` matrix R with `x·R = concat(−x[d/2:], x[:d/2])`. */
+function rotateHalfMatrix(d: number): tf.Tensor2D {
+  const m = new Float32Array(d * d), half = d / 2;
+  for (let i = 0; i < half; i++) {
+    m[(i + half) * d + i] = -1;
+    m[i * d + i + half] = 1;
+  }
+  return tf.tensor2d(m, [d, d]);
+}
+
+/**
+ * Rotary position embedding, `x·cos + rotateHalf(x)·sin`.
+ *
+ * @param x `[N, H, d]`
+ * @param cos `[N, d]`, no gradient
+ * @param sin `[N, d]`, no gradient
+ */
+export function rope(x: tf.Tensor3D, cos: tf.Tensor2D, sin: tf.Tensor2D): tf.Tensor3D {
+  if (!hasFused("MgpoRope")) {
+    return tf.tidy(() => {
+      const [n, h, d] = x.shape;
+      const rotated = tf.reshape(tf.matMul(tf.reshape(x, [n * h, d]) as tf.Tensor2D, rotateHalfMatrix(d)), [n, h, d]);
+      const c = tf.reshape(cos, [n, 1, d]), s = tf.reshape(sin, [n, 1, d]);
+      return tf.add(tf.mul(x, c), tf.mul(rotated, s)) as tf.Tensor3D;
+    });
+  }
+  return custom<tf.Tensor3D>([x], ([x], save) => {
+    save([cos, sin]);
+    return {
+      value: run1("MgpoRope", { x, cos, sin }, { inverse: false }),
+      gradFunc: (dy, [cos, sin]) => [run1("MgpoRope", { x: dy, cos, sin }, { inverse: true })],
+    };
+  });
+}
+
+const toIndex = (index: ArrayLike<number>): tf.Tensor1D =>
+  tf.tensor1d(index instanceof Int32Array ? index : Int32Array.from(index), "int32");
+
+function gatherPlain(x: tf.Tensor2D, index: ArrayLike<number>): tf.Tensor2D {
+  let missing = false;
+  const at = new Int32Array(index.length);
+  for (let i = 0; i < at.length; i++) {
+    at[i] = index[i] < 0 ? x.shape[0] : index[i];
+    if (index[i] < 0) missing = true;
+  }
+  const source = missing ? tf.concat([x, tf.zeros([1, x.shape[1]])], 0) as tf.Tensor2D : x;
+  return tf.gather(source, toIndex(at)) as tf.Tensor2D;
+}
+
+/** Sums rows with equal index, in row order, without atomics: a 0/1 matrix times `x`. */
+function scatterAddPlain(x: tf.Tensor2D, index: ArrayLike<number>, rows: number): tf.Tensor2D {
+  const slot = new Int32Array(rows).fill(-1);
+  const first: number[] = [];
+  let repeated = false;
+  for (let i = 0; i < index.length; i++) {
+    const r = index[i];
+    if (r < 0) continue;
+    if (slot[r] < 0) slot[r] = first.push(i) - 1;
+    else repeated = true;
+  }
+  if (first.length === 0) return tf.zeros([rows, x.shape[1]]);
+  if (!repeated) return gatherPlain(x, slot.map((s) => s < 0 ? -1 : first[s]));
+  const used = first.length, one = new Float32Array(used * index.length);
+  for (let i = 0; i < index.length; i++) if (index[i] >= 0) one[slot[index[i]] * index.length + i] = 1;
+  return gatherPlain(tf.matMul(tf.tensor2d(one, [used, index.length]), x) as tf.Tensor2D, slot);
+}
+
+/**
+ * Rows of a matrix by index; −1 gives a row of zeros. The gradient sums rows with equal index in a fixed order.
+ *
+ * @param x `[N, D]`
+ * @param index M integers in [−1, N)
+ * @returns `[M, D]`
+ */
+export function gatherRows(x: tf.Tensor2D, index: ArrayLike<number>): tf.Tensor2D {
+  return custom<tf.Tensor2D>([x], ([x], save) => {
+    save([]);
+    const rows = x.shape[0];
+    const value = hasFused("MgpoGatherRows")
+      ? run1("MgpoGatherRows", { x, index: toIndex(index) })
+      : gatherPlain(x as tf.Tensor2D, index);
+    const gradFunc = (dy: tf.Tensor) => [
+      hasFused("MgpoScatterAddRows")
+        ? run1("MgpoScatterAddRows", { x: dy, index: toIndex(index) }, { rows })
+        : tf.tidy(() => scatterAddPlain(dy as tf.Tensor2D, index, rows)),
+    ];
+    return { value, gradFunc };
+  });
+}
+
+/** Where packed tokens are cut into sequences that attend within themselves. */
+export interface Segments {
+  /** Starts of the segments and the total at the end: `S + 1` increasing integers from 0 to N. */
+  readonly cu: Int32Array;
+}
+
+/** Segments from their lengths. */
+export function segmentsOf(lengths: readonly number[]): Segments {
+  const cu = new Int32Array(lengths.length + 1);
+  for (let i = 0; i < lengths.length; i++) cu[i + 1] = cu[i] + lengths[i];
+  return { cu };
+}
+
+/** The largest score tensor that plain attention makes at once, in elements (128 MiB). */
+const MAX_SCORES = 1 << 25;
+
+/** Plain attention on `[U, R, d]` queries and `[U, L, d]` keys, chunked so that no score tensor exceeds {@linkcode MAX_SCORES}. */
+function attendUnits(
+  q: tf.Tensor3D,
+  k: tf.Tensor3D,
+  v: tf.Tensor3D,
+  mask: (units: number, from: number) => tf.Tensor | null,
+  scale: number,
+): tf.Tensor3D {
+  const [units, rows] = q.shape, length = k.shape[1];
+  const step = Math.max(1, Math.floor(MAX_SCORES / (rows * length)));
+  const parts: tf.Tensor3D[] = [];
+  for (let u = 0; u < units; u += step) {
+    const n = Math.min(step, units - u);
+    const cut = (x: tf.Tensor3D) => n === units ? x : tf.slice(x, [u, 0, 0], [n, -1, -1]);
+    let scores: tf.Tensor = tf.mul(tf.matMul(cut(q), cut(k), false, true), scale);
+    const bias = mask(n, u);
+    if (bias) scores = tf.add(scores, bias);
+    parts.push(tf.matMul(tf.softmax(scores), cut(v)) as tf.Tensor3D);
+  }
+  return parts.length === 1 ? parts[0] : tf.concat(parts, 0);
+}
+
+const MASKED = -1e9;
+
+function attentionPlain(
+  q: tf.Tensor3D,
+  k: tf.Tensor3D,
+  v: tf.Tensor3D,
+  { cu }: Segments,
+  causal: boolean,
+  scale: number,
+): tf.Tensor3D {
+  const [total, heads, d] = q.shape, kvHeads = k.shape[1], group = heads / kvHeads, count = cu.length - 1;
+  let length = 0, equal = true;
+  for (let s = 0; s < count; s++) {
+    const n = cu[s + 1] - cu[s];
+    if (s > 0 && n !== length) equal = false;
+    length = Math.max(length, n);
+  }
+  const pad: number[] = [], back = new Int32Array(total);
+  if (!equal) {
+    for (let s = 0; s < count; s++) {
+      for (let i = 0; i < length; i++) {
+        const t = cu[s] + i;
+        if (t < cu[s + 1]) back[t] = pad.length;
+        pad.push(t < cu[s + 1] ? t : -1);
+      }
+    }
+  }
+  const toUnits = (x: tf.Tensor3D, h: number): tf.Tensor3D => {
+    const flat = tf.reshape(x, [total, h * d]) as tf.Tensor2D;
+    const padded = equal ? flat : gatherRows(flat, pad);
+    const g = h / kvHeads; // query heads of one key head become further rows of the same unit
+    const split = tf.transpose(tf.reshape(padded, [count, length, kvHeads, g * d]), [0, 2, 1, 3]);
+    if (g === 1) return tf.reshape(split, [count * kvHeads, length, d]);
+    const rows = tf.transpose(tf.reshape(split, [count * kvHeads, length, g, d]), [0, 2, 1, 3]);
+    return tf.reshape(rows, [count * kvHeads, g * length, d]);
+  };
+  let triangle: tf.Tensor | null = null;
+  if (causal) {
+    const m = new Float32Array(group * length * length);
+    for (let r = 0; r < group * length; r++) {
+      for (let j = (r % length) + 1; j < length; j++) m[r * length + j] = MASKED;
+    }
+    triangle = tf.tensor3d(m, [1, group * length, length]);
+  }
+  const mask = (units: number, from: number): tf.Tensor | null => {
+    if (equal) return triangle;
+    const keys = new Float32Array(units * length);
+    for (let u = 0; u < units; u++) {
+      const s = Math.floor((from + u) / kvHeads), n = cu[s + 1] - cu[s];
+      keys.fill(MASKED, u * length + n, (u + 1) * length);
+    }
+    const bias = tf.tensor3d(keys, [units, 1, length]);
+    return triangle ? tf.add(bias, triangle) : bias;
+  };
+  const out = attendUnits(toUnits(q, heads), toUnits(k, kvHeads), toUnits(v, kvHeads), mask, scale);
+  let rows = out as tf.Tensor;
+  if (group > 1) {
+    rows = tf.transpose(tf.reshape(rows, [count * kvHeads, group, length, d]), [0, 2, 1, 3]);
+  }
+  rows = tf.transpose(tf.reshape(rows, [count, kvHeads, length, group * d]), [0, 2, 1, 3]);
+  const packed = tf.reshape(rows, [count * length, heads * d]) as tf.Tensor2D;
+  return tf.reshape(equal ? packed : gatherRows(packed, back), [total, heads, d]);
+}
+
+/**
+ * Softmax attention within segments of packed tokens, with grouped key-value heads.
+ *
+ * @param q `[N, H, d]`
+ * @param k `[N, Hkv, d]`, Hkv divides H
+ * @param v `[N, Hkv, d]`
+ * @param segments Tokens attend within their segment only.
+ * @param causal Whether a token attends to itself and earlier ones only.
+ * @param scale Scores are multiplied by it.
+ * @returns `[N, H, d]`
+ */
+export function attention(
+  q: tf.Tensor3D,
+  k: tf.Tensor3D,
+  v: tf.Tensor3D,
+  segments: Segments,
+  causal: boolean,
+  scale: number,
+): tf.Tensor3D {
+  if (!hasFused("MgpoAttention")) return tf.tidy(() => attentionPlain(q, k, v, segments, causal, scale));
+  return custom<tf.Tensor3D>([q, k, v], ([q, k, v], save) => {
+    const cuSeqlens = toIndex(segments.cu);
+    const [out, lse] = runMany("MgpoAttention", { q, k, v, cuSeqlens }, { causal, scale });
+    save([q, k, v, out, lse, cuSeqlens]);
+    return {
+      value: out,
+      gradFunc: (dout, [q, k, v, out, lse, cuSeqlens]) =>
+        runMany("MgpoAttentionGrad", { q, k, v, out, lse, dout, cuSeqlens }, { causal, scale }),
+    };
+  });
+}
+
+/**
+ * Log-probs of given tokens and entropies under `softmax(logits / temperature + suppress)`.
+ *
+ * @param logits `[N, V]`
+ * @param target N token ids
+ * @param suppress `[V]`, 0 or a large negative number; null for none
+ * @returns `[2, N]`: row 0 the log-probs (natural log), row 1 the entropies in nats
+ */
+export function logProbEntropy(
+  logits: tf.Tensor2D,
+  target: ArrayLike<number>,
+  suppress: tf.Tensor1D | null,
+  temperature: number,
+): tf.Tensor2D {
+  const [n, vocab] = logits.shape;
+  if (hasFused("MgpoLogSoftmaxGather")) {
+    return custom<tf.Tensor2D>([logits], ([logits], save) => {
+      const t = toIndex(target);
+      const extra: Record<string, tf.Tensor> = suppress ? { suppress } : {};
+      const [logprob, entropy, lse] = runMany("MgpoLogSoftmaxGather", { logits, target: t, ...extra }, { temperature });
+      save([logits, t, lse, entropy]);
+      const gradFunc = (dy: tf.Tensor, [logits, t, lse, entropy]: tf.Tensor[]) => {
+        const [dlogprob, dentropy] = tf.unstack(dy, 0);
+        const inputs = { logits, target: t, lse, entropy, dlogprob, dentropy, ...extra };
+        return [run1("MgpoLogSoftmaxGatherGrad", inputs, { temperature })];
+      };
+      return { value: tf.stack([logprob, entropy], 0), gradFunc };
+    });
+  }
+  return tf.tidy(() => {
+    const scaled = temperature === 1 ? logits : tf.div(logits, temperature);
+    const z = suppress ? tf.add(scaled, suppress) : scaled;
+    const logp = tf.logSoftmax(z as tf.Tensor2D);
+    const one = tf.oneHot(toIndex(target), vocab);
+    const chosen = tf.sum(tf.mul(logp, one), -1);
+    const entropy = tf.neg(tf.sum(tf.mul(tf.exp(logp), logp), -1));
+    return tf.stack([chosen, entropy], 0).reshape([2, n]) as tf.Tensor2D;
+  });
+}
