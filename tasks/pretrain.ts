@@ -5,13 +5,15 @@
  */
 import { chooseBackend, describeBackend } from "../src/gpu/backend.ts";
 import { useKernels } from "../src/policy/ops.ts";
-import { initialPolicy, pretrain, type PretrainRecord } from "../src/pretrain/pretrain.ts";
+import { initialPolicy, pretrain, type PretrainRecord, savedSeconds } from "../src/pretrain/pretrain.ts";
+import { measure, modelCard, publish } from "../src/pretrain/publish.ts";
 import { pretrainDefaults, stageNames } from "../src/pretrain/stages.ts";
 import { InputError } from "../src/run/errors.ts";
 import { helpText, optionTable, parseCommandLine, resolveOptions } from "../src/run/options.ts";
 import { formatDuration, Progress } from "../src/run/progress.ts";
 import { INTERRUPTED, listenForInterrupt, runTask } from "../src/run/tasks.ts";
-import { installWasmKernels } from "../src/wasm/register.ts";
+
+const manifestPath = new URL("../src/policy/tiny_manifest.ts", import.meta.url).pathname;
 
 const table = optionTable({
   run: {
@@ -27,6 +29,13 @@ const table = optionTable({
   habit: { kind: "integer", min: 0, default: pretrainDefaults.steps.habit, help: "steps of the stage habit" },
   scenes: { kind: "integer", min: 100, default: pretrainDefaults.scenes, help: "scenes that pictures are made of" },
   freezeTower: { kind: "boolean", default: false, help: "rest the vision tower in the stage use" },
+  out: {
+    kind: "string",
+    value: "DIR",
+    defaultText: "none",
+    help: "folder to publish the finished policy to, with a model card; fixtures/tiny is the embedded one",
+  },
+  items: { kind: "integer", min: 1, default: 1000, help: "held-out scenes that the model card measures" },
   saveEvery: { kind: "integer", min: 1, default: 25, help: "steps between saved states" },
   backend: { kind: "choice", choices: ["auto", "webgpu", "wasm"], default: "auto", help: "where to compute" },
   kernels: {
@@ -54,7 +63,6 @@ await runTask(async (args) => {
   }
   const progress = new Progress();
   progress.log(describeBackend(await chooseBackend(o.backend)));
-  if (o.kernels === "fused") installWasmKernels();
   useKernels(o.kernels);
   const policy = await initialPolicy(o.seed);
   const options = {
@@ -79,14 +87,28 @@ await runTask(async (args) => {
         return INTERRUPTED;
       }
     }
+    progress.clear();
+    if (o.out !== undefined) {
+      const measures = await measure(policy, o.items, (text) => progress.log(text));
+      const parameters = [...policy.parameters.values()].reduce((sum, { size }) => sum + size, 0);
+      const command = ["deno task pretrain", ...args.filter((arg) => arg !== "--resume")].join(" ");
+      const card = modelCard(measures, options, command, await savedSeconds(o.run, options), parameters);
+      await publish(policy, o.out, card, isEmbedded(o.out) ? manifestPath : undefined);
+      progress.log(`published to ${o.out}`);
+    }
   } finally {
     log.close();
     interrupt.stop();
     policy.dispose();
   }
-  progress.clear();
   return 0;
 });
+
+/** Whether a folder is the one that the project embeds. */
+function isEmbedded(folder: string): boolean {
+  return Deno.realPathSync(folder.replace(/[^/]*\/?$/, "") || ".") + "/tiny" ===
+      Deno.realPathSync(new URL("../fixtures", import.meta.url)) + "/tiny" && /(^|\/)tiny\/?$/.test(folder);
+}
 
 async function folder(path: string): Promise<string> {
   await Deno.mkdir(path, { recursive: true });

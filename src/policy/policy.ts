@@ -138,8 +138,6 @@ export interface Policy {
    * Forgets cached image features. Called where the pictures of a step won't come again, so that the number of tensors stays
    * the same step by step; a policy without such a cache leaves it out.
    */
-  invalidateFeatures?(): void;
-  /** Forgets cached image features, where the policy caches any; a training step ends with it, so that memory stays flat. */
   releaseFeatures?(): void;
   /** Releases every tensor. */
   dispose(): void;

@@ -98,6 +98,11 @@ export async function* pretrain(
   }
 }
 
+/** Seconds of computing behind a run's saved state. */
+export async function savedSeconds(folder: string, options: PretrainOptions): Promise<number> {
+  return (await readState(folder, options)).position.seconds;
+}
+
 function optimizerPart(tensors: ReadonlyMap<string, Float32Array>): Map<string, Float32Array> {
   const out = new Map<string, Float32Array>();
   for (const [name, data] of tensors) if (name.startsWith("optimizer.")) out.set(name.slice("optimizer.".length), data);
@@ -126,7 +131,11 @@ async function writeState(
 ): Promise<void> {
   const tensors: { name: string; shape: number[]; data: Float32Array }[] = [];
   for (const [name, variable] of [...policy.parameters, ...probes]) {
-    tensors.push({ name: `weight.${name}`, shape: variable.shape, data: (await variable.data()).slice() as Float32Array });
+    tensors.push({
+      name: `weight.${name}`,
+      shape: variable.shape,
+      data: (await variable.data()).slice() as Float32Array,
+    });
   }
   for (const [name, data] of optimizer) tensors.push({ name: `optimizer.${name}`, shape: [data.length], data });
   const metadata = { position: JSON.stringify(position), options: JSON.stringify(options) };
@@ -149,7 +158,9 @@ async function readState(
   const loaded = await readSafetensors(bytes, path);
   const { __metadata__: metadata } = JSON.parse(new TextDecoder().decode(bytes.subarray(8, 8 + length)));
   if (metadata.options !== JSON.stringify(options)) {
-    throw new InputError(`${path}: was made with other settings (${metadata.options}); use those or start without --resume`);
+    throw new InputError(
+      `${path}: was made with other settings (${metadata.options}); use those or start without --resume`,
+    );
   }
   const tensors = new Map([...loaded].map(([name, { data }]) => [name, data as Float32Array]));
   return { tensors, position: JSON.parse(metadata.position) };

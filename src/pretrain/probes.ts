@@ -16,18 +16,21 @@ const NONE_WEIGHT = 0.15;
 /** Index of a patch (row, column) in processor order. */
 const patchAt = (y: number, x: number) => ((y >> 1) * CELLS + (x >> 1)) * 4 + (y & 1) * 2 + (x & 1);
 /** Image token that holds a point, in input pixels. */
-export const cellOf = ([x, y]: readonly [number, number]): number => Math.floor(y / CELL) * CELLS + Math.floor(x / CELL);
+export const cellOf = ([x, y]: readonly [number, number]): number =>
+  Math.floor(y / CELL) * CELLS + Math.floor(x / CELL);
 
 /** Linear probes, by name; owned by whoever makes them. */
 export function makeProbes(hidden: number, out: number, seed: number): Map<string, tf.Variable> {
   const probes = new Map<string, tf.Variable>();
   let index = 0;
-  for (const [name, rows, columns] of [
-    ["patch", 9 + 8 + 4, hidden],
-    ["visionBox", 4 * out, out],
-    ["textBox", 4 * out, out],
-    ["place", 2 * CELLS, out],
-  ] as const) {
+  for (
+    const [name, rows, columns] of [
+      ["patch", 9 + 8 + 4, hidden],
+      ["visionBox", 4 * out, out],
+      ["textBox", 4 * out, out],
+      ["place", 2 * CELLS, out],
+    ] as const
+  ) {
     const random = new RandomStream(seed, "probe", index++), bound = 1 / Math.sqrt(columns);
     for (const [part, shape] of [["weight", [rows, columns]], ["bias", [rows]]] as const) {
       const size = shape.reduce((a, b) => a * b, 1);
@@ -40,7 +43,10 @@ export function makeProbes(hidden: number, out: number, seed: number): Map<strin
 }
 
 /** −Σ weight · log softmax over given rows: `[n, C]` logits, targets with weights that sum to 1. */
-function crossEntropy(logits: tf.Tensor2D, targets: readonly { row: number; class: number; weight: number }[]): tf.Scalar {
+function crossEntropy(
+  logits: tf.Tensor2D,
+  targets: readonly { row: number; class: number; weight: number }[],
+): tf.Scalar {
   const [n, classes] = logits.shape, w = new Float32Array(n * classes);
   const total = targets.reduce((s, t) => s + t.weight, 0) || 1;
   for (const t of targets) w[t.row * classes + t.class] -= t.weight / total;
@@ -58,7 +64,11 @@ export function patchLosses(
   const hidden = patches.shape[1] / 4;
   const all = tf.reshape(patches, [patches.shape[0] * 4, hidden]) as tf.Tensor2D;
   const rows = tf.slice(all, [from * per, 0], [views.length * per, hidden]);
-  const logits = linear(rows, probes.get("probe.patch.weight") as tf.Tensor2D, probes.get("probe.patch.bias") as tf.Tensor1D);
+  const logits = linear(
+    rows,
+    probes.get("probe.patch.weight") as tf.Tensor2D,
+    probes.get("probe.patch.bias") as tf.Tensor1D,
+  );
   const n = views.length * per;
   const cut = (at: number, width: number) => tf.slice(logits, [0, at], [n, width]) as tf.Tensor2D;
   const wanted = tf.tensor2d(hits.place, [n, 4]), mask = tf.tensor2d(hits.placeMask, [n, 1]);
@@ -94,9 +104,17 @@ function patchTargets(views: readonly View[], _from: number): PatchTargets {
   views.forEach(({ signs }, v) => {
     const colour = new Int8Array(per).fill(-1);
     for (const sign of signs) {
-      const [cx, cy] = sign.centre, y = Math.floor(cy / PATCH), x = Math.floor(cx / PATCH), row = v * per + patchAt(y, x);
+      const [cx, cy] = sign.centre,
+        y = Math.floor(cy / PATCH),
+        x = Math.floor(cx / PATCH),
+        row = v * per + patchAt(y, x);
       colour[patchAt(y, x)] = sign.colour;
-      out.place.set([cx / PATCH - x - 0.5, cy / PATCH - y - 0.5, Math.log(sign.side / PATCH), Math.log(sign.side / PATCH)], row * 4);
+      out.place.set([
+        cx / PATCH - x - 0.5,
+        cy / PATCH - y - 0.5,
+        Math.log(sign.side / PATCH),
+        Math.log(sign.side / PATCH),
+      ], row * 4);
       out.placeMask[row] = 1;
       out.centres++;
       if (!sign.large) continue;
@@ -111,7 +129,9 @@ function patchTargets(views: readonly View[], _from: number): PatchTargets {
         }
       }
     }
-    colour.forEach((c, p) => out.colour.push({ row: v * per + p, class: c < 0 ? 8 : c, weight: c < 0 ? NONE_WEIGHT : 1 }));
+    colour.forEach((c, p) =>
+      out.colour.push({ row: v * per + p, class: c < 0 ? 8 : c, weight: c < 0 ? NONE_WEIGHT : 1 })
+    );
   });
   return out;
 }
@@ -212,15 +232,22 @@ export function guideLoss(
   targets: readonly (readonly number[])[],
 ): tf.Scalar {
   const d = q.shape[2], count = rows.length;
-  const headOf = (x: tf.Tensor3D) => tf.reshape(tf.slice(x, [0, 0, 0], [sequences * length, 1, d]), [sequences, length, d]);
+  const headOf = (x: tf.Tensor3D) =>
+    tf.reshape(tf.slice(x, [0, 0, 0], [sequences * length, 1, d]), [sequences, length, d]);
   const keys = headOf(k), pick = new Float32Array(count * length), late = new Float32Array(count * length);
   rows.forEach((row, r) => {
     pick[r * length + row] = 1;
     late.fill(-1e9, r * length + row + 1, (r + 1) * length);
   });
   // Looks are picked by a 0/1 matrix on the left, the same for every sequence.
-  const looks = tf.matMul(tf.tensor2d(pick, [count, length]).reshape([1, count, length]).tile([sequences, 1, 1]), headOf(q));
-  const scores = tf.add(tf.mul(tf.matMul(looks, keys, false, true), 1 / Math.sqrt(d)), tf.tensor3d(late, [1, count, length]));
+  const looks = tf.matMul(
+    tf.tensor2d(pick, [count, length]).reshape([1, count, length]).tile([sequences, 1, 1]),
+    headOf(q),
+  );
+  const scores = tf.add(
+    tf.mul(tf.matMul(looks, keys, false, true), 1 / Math.sqrt(d)),
+    tf.tensor3d(late, [1, count, length]),
+  );
   const w = new Float32Array(sequences * count * length);
   targets.forEach((own, s) => own.forEach((at, r) => w[(s * count + r) * length + at] = -1 / (sequences * count)));
   return tf.sum(tf.mul(tf.logSoftmax(scores), tf.tensor3d(w, [sequences, count, length])));

@@ -98,7 +98,10 @@ export class Stage {
   }
 
   /** A crop of a scene; each scene has two, so that pictures repeat. */
-  #crop(index: number, kinds: readonly [BoxKind, number][]): { sign: number; box: [number, number, number, number]; view: View } {
+  #crop(
+    index: number,
+    kinds: readonly [BoxKind, number][],
+  ): { sign: number; box: [number, number, number, number]; view: View } {
     const random = new RandomStream(this.options.seed, "crop", index);
     const scene = this.#pool.scene(index >> 1), sign = random.int(scene.signs.length);
     const box = drawBox(scene, sign, weighted(random, kinds), random);
@@ -135,7 +138,13 @@ export class Stage {
     };
   }
 
-  #tower(far: readonly View[], crops: readonly View[], embeds: tf.Tensor2D, patches: tf.Tensor2D, note: Note): tf.Scalar {
+  #tower(
+    far: readonly View[],
+    crops: readonly View[],
+    embeds: tf.Tensor2D,
+    patches: tf.Tensor2D,
+    note: Note,
+  ): tf.Scalar {
     const table = this.policy.weights("model.embed_tokens.weight") as tf.Tensor2D;
     const terms: tf.Scalar[] = [];
     const see = this.name === "see", [patchWeight, alignWeight, boxWeight] = see ? [1, 3, 1] : [0.3, 0.1, 0.5];
@@ -159,8 +168,10 @@ export class Stage {
 
   #see(random: RandomStream, note: Note): () => tf.Scalar {
     const far = Array.from({ length: 40 }, () => this.#far(random).view);
-    const crops = Array.from({ length: 64 }, () =>
-      this.#crop(random.int(2 * this.options.scenes), [["exact", 0.45], ["good", 0.4], ["loose", 0.15]]).view);
+    const crops = Array.from(
+      { length: 64 },
+      () => this.#crop(random.int(2 * this.options.scenes), [["exact", 0.45], ["good", 0.4], ["loose", 0.15]]).view,
+    );
     return () => {
       const { embeds, patches } = this.policy.imageFeatures([...far, ...crops].map((v) => v.input), true);
       return this.#tower(far, crops, embeds, patches!, note);
@@ -190,7 +201,9 @@ export class Stage {
       others.push(view);
     }
     for (let i = 0; i < 16; i++) {
-      const { index, view } = this.#far(random), scene = this.#pool.scene(index), sign = oneTurnSign(scene.signs, random);
+      const { index, view } = this.#far(random),
+        scene = this.#pool.scene(index),
+        sign = oneTurnSign(scene.signs, random);
       lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random)));
       far.push(view);
     }
@@ -220,7 +233,9 @@ export class Stage {
       );
     }
     for (let i = 0; i < 36; i++) {
-      const { index, view } = this.#far(random), scene = this.#pool.scene(index), sign = oneTurnSign(scene.signs, random);
+      const { index, view } = this.#far(random),
+        scene = this.#pool.scene(index),
+        sign = oneTurnSign(scene.signs, random);
       lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random), boxed()));
     }
     for (let i = 0; i < 16; i++) {
@@ -249,7 +264,8 @@ export class Stage {
         const { embeds, patches } = this.policy.imageFeatures(packed.images, true);
         // The tower's losses want far views first; features come in the order of the packed images.
         const sorted = [...views.far, ...views.crops];
-        const rows = (width: number) => sorted.flatMap((v) => Array.from({ length: width }, (_, i) => order.get(v.input.key)! * width + i));
+        const rows = (width: number) =>
+          sorted.flatMap((v) => Array.from({ length: width }, (_, i) => order.get(v.input.key)! * width + i));
         terms.push(
           this.#tower(views.far, views.crops, gatherRows(embeds, rows(16)), gatherRows(patches!, rows(16)), note),
         );
@@ -260,9 +276,13 @@ export class Stage {
         ? {
           queriesKeys: (layer: number, q: tf.Tensor3D, k: tf.Tensor3D) => {
             if (layer === 1) {
-              terms.push(note("guide.label", guideLoss(q, k, 48, looks!.length, looks!.labels, looks!.labelTargets), 0.5));
+              terms.push(
+                note("guide.label", guideLoss(q, k, 48, looks!.length, looks!.labels, looks!.labelTargets), 0.5),
+              );
             } else if (layer === 2) {
-              terms.push(note("guide.box", guideLoss(q, k, 48, looks!.length, looks!.corners, looks!.cornerTargets), 0.5));
+              terms.push(
+                note("guide.box", guideLoss(q, k, 48, looks!.length, looks!.corners, looks!.cornerTargets), 0.5),
+              );
             }
           },
           blockInput: (layer: number, x: tf.Tensor2D) => {
@@ -271,7 +291,10 @@ export class Stage {
               Array.from({ length: 16 }, (_, i) => starts[s] + l.imageStart[0] + i)
             );
             const tokens = gatherRows(x, rows);
-            const words = gatherRows(this.policy.weights("model.embed_tokens.weight") as tf.Tensor2D, this.#coordinates);
+            const words = gatherRows(
+              this.policy.weights("model.embed_tokens.weight") as tf.Tensor2D,
+              this.#coordinates,
+            );
             terms.push(
               note("text.box", tf.div(boxLoss(this.#boxProbe("textBox"), tokens, words, far.slice(0, 48)), 4), 1),
               note("text.place", placeLoss(this.#boxProbe("place"), tokens), 0.2),
@@ -338,4 +361,3 @@ function lookTargets(lessons: readonly Lesson[], far: readonly View[]) {
     cornerTargets: lessons.map((l, s) => l.grounded.flatMap((g) => g.corners.map(() => target(l, s, g.sign)))),
   };
 }
-

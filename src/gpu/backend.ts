@@ -1,0 +1,162 @@
+/**
+ * Which tfjs backend a run computes on, and why: a real GPU through WebGPU, otherwise WebAssembly. A software adapter (Mesa's
+ * llvmpipe and the like) counts as no GPU, because WebAssembly multiplies matrices about five times faster on the same cores.
+ *
+ * @module
+ */
+import { tf, tfwebgpu } from "../deps.ts";
+import { InputError } from "../run/errors.ts";
+import { installWasmKernels } from "../wasm/register.ts";
+
+/** The backends that the project runs on. */
+export type BackendName = "webgpu" | "wasm";
+
+/** What a WebGPU adapter says of itself. */
+export interface AdapterInfo {
+  vendor: string;
+  device: string;
+  description: string;
+  /** Whether it is a software adapter. */
+  isFallback: boolean;
+}
+
+/** A decision between the backends. */
+export interface BackendChoice {
+  backend: BackendName;
+  /** Why, in one line without a full stop. */
+  reason: string;
+  /** The adapter that was found, used or not. */
+  adapter?: AdapterInfo;
+  /** What a user may want to change; only where `auto` could not take a GPU. */
+  notice?: string;
+}
+
+/** Always the packed matmul program: the split-K program that tfjs may pick adds partial sums in an order that varies. */
+const PACKED_MATMUL = 3;
+
+/**
+ * Decides between the backends. Pure: {@linkcode chooseBackend} looks for the adapter and switches.
+ *
+ * @param name `auto`, `webgpu` or `wasm`.
+ * @param adapter The adapter that was found, if any.
+ * @throws {InputError} if the name is unknown, or `webgpu` is asked for and there is no adapter.
+ */
+export function decideBackend(name: string, adapter: AdapterInfo | undefined): BackendChoice {
+  const label = adapter && adapterLabel(adapter);
+  switch (name) {
+    case "wasm":
+      return { backend: "wasm", reason: "asked for" };
+    case "webgpu":
+      if (!adapter) {
+        throw new InputError(
+          "--backend webgpu: no WebGPU adapter was found; install a GPU driver with Vulkan, Metal or Direct3D 12, or use --backend wasm",
+        );
+      }
+      return { backend: "webgpu", reason: `asked for; adapter ${label}`, adapter };
+    case "auto":
+      if (!adapter) {
+        return {
+          backend: "wasm",
+          reason: "no WebGPU adapter was found",
+          notice: "no GPU: computing on the processor; a GPU needs a driver with Vulkan, Metal or Direct3D 12",
+        };
+      }
+      if (adapter.isFallback) {
+        return {
+          backend: "wasm",
+          reason: `the only WebGPU adapter is a software one: ${label}`,
+          adapter,
+          notice: "no GPU: computing on the processor; --backend webgpu would use the slower software adapter",
+        };
+      }
+      return { backend: "webgpu", reason: `GPU found: ${label}`, adapter };
+    default:
+      throw new InputError(`--backend ${name}: unknown backend; use auto, webgpu or wasm`);
+  }
+}
+
+/**
+ * Chooses a backend, starts it and makes it current. Call it before the first tensor.
+ *
+ * @param name `auto` (a real GPU if there is one, otherwise wasm), `webgpu` or `wasm`. @default {"auto"}
+ * @param options.onLost Called when the GPU device is lost or reports an error that no call received.
+ * @throws {InputError} if the name is unknown, there is no adapter for `webgpu`, or the backend cannot start.
+ */
+export async function chooseBackend(
+  name = "auto",
+  options: { onLost?: (message: string) => void } = {},
+): Promise<BackendChoice> {
+  const choice = decideBackend(name, name === "auto" || name === "webgpu" ? await findAdapter() : undefined);
+  if (choice.backend === "webgpu") {
+    tf.env().set("WEBGPU_MATMUL_PROGRAM_TYPE", PACKED_MATMUL);
+  }
+  await startBackend(choice);
+  if (choice.backend === "webgpu") watchDevice(options.onLost ?? ((message) => console.error(message)));
+  return choice;
+}
+
+/** Asks WebGPU for its adapter; undefined where there is none. */
+async function findAdapter(): Promise<AdapterInfo | undefined> {
+  quietMesa();
+  const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
+  if (!adapter) return undefined;
+  const { vendor, device, description, isFallbackAdapter } = adapter.info;
+  return { vendor, device, description, isFallback: isFallbackAdapter };
+}
+
+/**
+ * Mesa's software Vulkan prints an error when XDG_RUNTIME_DIR is unset, as it is in most containers, although nothing is
+ * wrong. Only done where the environment may be written.
+ */
+function quietMesa(): void {
+  if (Deno.build.os !== "linux") return;
+  const permission = { name: "env", variable: "XDG_RUNTIME_DIR" } as const;
+  if (Deno.permissions.querySync(permission).state !== "granted") return;
+  if (!Deno.env.get("XDG_RUNTIME_DIR")) Deno.env.set("XDG_RUNTIME_DIR", "/");
+}
+
+async function startBackend({ backend }: BackendChoice): Promise<void> {
+  let started = false, cause: unknown;
+  try {
+    started = await tf.setBackend(backend);
+    await tf.ready();
+  } catch (error) {
+    cause = error;
+  }
+  if (started && tf.getBackend() === backend) {
+    if (backend === "wasm") installWasmKernels();
+    return;
+  }
+  const advice = backend === "wasm"
+    ? "its .wasm file is read from Deno's npm cache, so run with --allow-read"
+    : "the GPU refused a device; try --backend wasm";
+  const why = cause instanceof Error ? ` (${cause.message.split("\n")[0]})` : "";
+  throw new InputError(`--backend ${backend}: it could not be started${why}; ${advice}`);
+}
+
+/** tfjs ignores both events, and a lost device otherwise shows as results of zeros. */
+function watchDevice(report: (message: string) => void): void {
+  const backend = tf.backend();
+  if (!(backend instanceof tfwebgpu.WebGPUBackend)) return;
+  const device = backend.device;
+  if (watched.has(device)) return;
+  watched.add(device);
+  device.lost.then(({ reason, message }) => {
+    // `destroyed` is our own tf.removeBackend or the end of the program.
+    if (reason !== "destroyed") report(`the GPU device was lost: ${message || reason}; start again with --resume`);
+  });
+  device.addEventListener("uncapturederror", (event) => {
+    report(`the GPU reported an error: ${(event as GPUUncapturedErrorEvent).error.message}`);
+  });
+}
+const watched = new WeakSet<GPUDevice>();
+
+/** An adapter in a few words. */
+function adapterLabel({ vendor, device, description }: AdapterInfo): string {
+  return description || `vendor ${vendor}, device ${device}`;
+}
+
+/** One line that names the backend and the reason. */
+export function describeBackend({ backend, reason }: BackendChoice): string {
+  return `backend ${backend}: ${reason}`;
+}
