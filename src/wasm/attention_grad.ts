@@ -1,0 +1,227 @@
+/**
+ * Gradient of `attention.ts`, recomputing the probabilities tile by tile.
+ *
+ * `MgpoAttentionGrad`: q, k, v, out, lse as there, dout [N, H, d], cuSeqlens; attributes `causal`, `scale` → dq [N, H, d],
+ * dk and dv [N, Hkv, d]. With p_ij = exp(scale · q_i·k_j − lse_i):
+ *
+ * - dv_j = Σ_i p_ij · dout_i
+ * - ds_ij = scale · p_ij · (dout_i·v_j − dout_i·out_i)
+ * - dq_i = Σ_j ds_ij · k_j, dk_j = Σ_i ds_ij · q_i, summed over the query heads that share a key head.
+ *
+ * Key tiles are the outer loop, so that dk and dv of BK keys stay in cache until they are complete. Cost: 10·L²·d operations per
+ * head and segment (half if causal) and L² exponentials.
+ *
+ * @module
+ */
+import { tf } from "../deps.ts";
+import { type Callable, type FunctionBuilder, type I32, load, type Local, madd, V128 } from "./asm.ts";
+import {
+  attentionShape,
+  BK,
+  BQ,
+  emitPackScaled,
+  forSegments,
+  paddedBytes,
+  paddedWidth,
+  padScores,
+  SCORE_STRIDE,
+  validScores,
+  work,
+  zeroScores,
+} from "./attention_tiles.ts";
+import { eachVector, exp, sumLanes } from "./lanes.ts";
+import type { ModuleBuilder } from "./module.ts";
+import type { Parts } from "./parts.ts";
+import type { KernelCall, KernelFile } from "./runtime.ts";
+import { NR } from "./tiles.ts";
+
+/** The kernel. */
+export const attentionGrad: KernelFile = { emit, kernels: [{ name: "MgpoAttentionGrad", run: differentiate }] };
+
+const i32x6 = ["i32", "i32", "i32", "i32", "i32", "i32"] as const;
+const tileParameters = [...i32x6, ...i32x6, "f32"] as const;
+
+/**
+ * `softmax_grad_tile(rows, width, first, causal, d, scores, second, lse, lseStride, out, dout, stride, scale)`: scores become
+ * p, `second` (dout·v) becomes ds.
+ */
+function emitTile(m: ModuleBuilder, parts: Parts): Callable<typeof tileParameters, undefined> {
+  return m.function(
+    "softmax_grad_tile",
+    tileParameters,
+    (f, rows, width, first, causal, d, scores, second, lse, lseStride, out, dout, stride, scale) => {
+      const sum = f.v128();
+      const factor = f.v128(scale.splat());
+      f.for(0, rows, 1, (i) => {
+        const filled = f.i32(padScores(f, scores, validScores(f, width, causal, first, i), width));
+        zeroScores(f, second, filled.shrU(2), width);
+        sum.set(V128.of(0));
+        eachVector(f, parts, d, (at) => sum.set(madd(at.load(out), at.load(dout), sum)));
+        const mean = f.v128(sumLanes(f, sum).splat());
+        const top = f.v128(load.splat(lse));
+        f.for(0, filled, 16, (x) => {
+          const p = exp(f, load.v128(scores.add(x)).sub(top));
+          f.storeV128(scores.add(x), p);
+          f.storeV128(second.add(x), load.v128(second.add(x)).sub(mean).mul(p).mul(factor));
+        });
+        scores.set(scores.add(4 * SCORE_STRIDE));
+        second.set(second.add(4 * SCORE_STRIDE));
+        lse.set(lse.add(lseStride));
+        out.set(out.add(stride));
+        dout.set(dout.add(stride));
+      });
+    },
+  );
+}
+
+/** Variable part of scratch, after `work.rest`: two packed query tiles, packed keys, sums of dk and dv. */
+const restBytes = (d: number): number => 4 * paddedWidth(d) * (2 * BQ + 3 * BK);
+
+interface HeadRest {
+  readonly packedQ: Local<"i32">;
+  readonly packedD: Local<"i32">;
+  readonly keyRows: Local<"i32">;
+  readonly dkSums: Local<"i32">;
+  readonly dvSums: Local<"i32">;
+}
+
+function restAddresses(f: FunctionBuilder, base: I32, dBytes: I32): HeadRest {
+  const packedQ = f.i32(base.add(work.rest));
+  const packedD = f.i32(packedQ.add(dBytes.mul(BQ)));
+  const keyRows = f.i32(packedD.add(dBytes.mul(BQ)));
+  const dkSums = f.i32(keyRows.add(dBytes.mul(BK)));
+  return { packedQ, packedD, keyRows, dkSums, dvSums: f.i32(dkSums.add(dBytes.mul(BK))) };
+}
+
+const headParameters = [...i32x6, ...i32x6, "i32", "i32", "f32"] as const;
+
+/**
+ * `attention_grad_head(tokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, work, scale)`: what one query
+ * head adds to the sums of the key tile at j, and its dq.
+ */
+function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameters, undefined> {
+  const tile = emitTile(m, parts);
+  return m.function(
+    "attention_grad_head",
+    headParameters,
+    (f, tokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, base, scale) => {
+      const [zeros, edge, scores, second] = [work.zeros, work.edge, work.scores, work.second].map((x) => base.add(x));
+      const dBytes = paddedBytes(f, d);
+      const n = f.i32(dBytes.shrU(2));
+      const rest = restAddresses(f, base, dBytes);
+      const bk = f.i32(f.i32(tokens.sub(j)).min(BK));
+      const wide = f.i32(4 * SCORE_STRIDE);
+      const none = f.i32(0);
+      const start = f.i32(0);
+      // Queries before the tile's first key see none of it.
+      f.if(causal, () => start.set(j.divU(BQ).mul(BQ)));
+      f.for(start, tokens, BQ, (i) => {
+        const rows = f.i32(f.i32(tokens.sub(i)).min(BQ));
+        const width = f.i32(bk);
+        f.if(causal, () => width.set(f.i32(i.add(rows).sub(j)).min(bk)));
+        const whole = width.add(NR - 1).and(-NR);
+        const [qi, di, dqi] = [q, dout, dq].map((pointer) => f.i32(pointer.add(i.mul(stride))));
+        const panel = f.i32(d.mul(4 * NR));
+        const tall = f.i32(rows.mul(4 * NR));
+        f.call(parts.packRows, d, rows, qi, stride, rest.packedQ);
+        f.call(parts.packRows, d, rows, di, stride, rest.packedD);
+        f.call(parts.blockRows, rows, whole, d, qi, stride, keys, panel, zeros, none, scores, wide, edge);
+        f.call(parts.blockRows, rows, whole, d, di, stride, values, panel, zeros, none, second, wide, edge);
+        const lseAt = lse.add(i.mul(lseStride));
+        const outAt = out.add(i.mul(stride));
+        const first = i.sub(j).add(1);
+        f.call(tile, rows, width, first, causal, d, scores, second, lseAt, lseStride, outAt, di, stride, scale);
+        const transposed = (a: I32, b: I32, sums: I32): void =>
+          f.call(parts.blockColumns, width, n, rows, a, wide, b, tall, sums, dBytes, sums, dBytes, edge);
+        transposed(scores, rest.packedD, rest.dvSums);
+        transposed(second, rest.packedQ, rest.dkSums);
+        const keyPanel = bk.mul(4 * NR);
+        f.call(parts.blockRows, rows, d, width, second, wide, rest.keyRows, keyPanel, dqi, stride, dqi, stride, edge);
+      });
+    },
+  );
+}
+
+const parameters = ["i32", "i32", "i32", "i32", "i32", "f32", ...i32x6, ...i32x6] as const;
+
+/**
+ * `attention_grad(tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, work)`: one
+ * segment; dq starts as zeros.
+ */
+function emit(m: ModuleBuilder, parts: Parts): void {
+  const packScaled = emitPackScaled(m, parts);
+  const head = emitHead(m, parts);
+  m.function(
+    "attention_grad",
+    parameters,
+    (f, tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, base) => {
+      const keyStride = f.i32(keyHeads.mul(d).shl(2));
+      const group = f.i32(heads.divU(keyHeads));
+      const dBytes = paddedBytes(f, d);
+      const rest = restAddresses(f, base, dBytes);
+      f.zero(base, f.i32(4 * BK));
+      f.for(0, keyHeads, 1, (keyHead) => {
+        const from = f.i32(keyHead.mul(d).shl(2));
+        f.call(packScaled, tokens, d, scale, k.add(from), keyStride, keys);
+        f.call(parts.packColumns, tokens, d, v.add(from), keyStride, values);
+        f.for(0, tokens, BK, (j) => {
+          const bk = f.i32(f.i32(tokens.sub(j)).min(BK));
+          const tileAt = f.i32(from.add(j.mul(keyStride)));
+          f.call(parts.packRows, d, bk, k.add(tileAt), keyStride, rest.keyRows);
+          f.zero(rest.dkSums, bk.mul(dBytes));
+          f.zero(rest.dvSums, bk.mul(dBytes));
+          f.for(0, group, 1, (g) => {
+            const h = f.i32(keyHead.mul(group).add(g));
+            const at = f.i32(h.mul(d).shl(2));
+            const packedAt = f.i32(j.mul(d).shl(2));
+            f.call(
+              head,
+              ...[tokens, d, causal, heads.mul(d).shl(2), heads.shl(2), j] as const,
+              ...[q.add(at), out.add(at), lse.add(h.shl(2)), dout.add(at), dq.add(at)] as const,
+              ...[keys.add(packedAt), values.add(packedAt), base, scale] as const,
+            );
+          });
+          copyHead(f, parts, { rows: bk, d, dBytes, sums: rest.dkSums, to: dk.add(tileAt), stride: keyStride });
+          copyHead(f, parts, { rows: bk, d, dBytes, sums: rest.dvSums, to: dv.add(tileAt), stride: keyStride });
+        });
+      });
+    },
+    { exported: true },
+  );
+}
+
+/** The first d of each padded row of sums to its place between the other heads. */
+function copyHead(
+  f: FunctionBuilder,
+  parts: Parts,
+  move: { rows: I32; d: I32; dBytes: I32; sums: I32; to: I32; stride: I32 },
+): void {
+  const [from, to] = [f.i32(move.sums), f.i32(move.to)];
+  f.for(0, move.rows, 1, () => {
+    eachVector(f, parts, move.d, (at) => at.store(to, at.load(from)));
+    from.set(from.add(move.dBytes));
+    to.set(to.add(move.stride));
+  });
+}
+
+function differentiate(call: KernelCall): tf.TensorInfo[] {
+  const shape = attentionShape(call);
+  const { tokens, heads, keyHeads, d } = shape;
+  const inputs = [
+    ...["q", "k", "v"].map((name) => call.input(name)),
+    call.input("out", [tokens, heads, d]),
+    call.input("lse", [tokens, heads]),
+    call.input("dout", [tokens, heads, d]),
+  ];
+  const [causal, scale] = [Number(call.flag("causal")), call.number("scale")];
+  const outputs = [heads, keyHeads, keyHeads].map((count) => call.output([tokens, count, d]));
+  const packedBytes = 4 * d * Math.ceil(shape.longest / NR) * NR;
+  const keys = call.scratch(2 * packedBytes + work.rest + restBytes(d));
+  call.functions.zero(call.address(outputs[0]), 4 * tokens * heads * d);
+  forSegments(call, shape, (count, at) => {
+    const addresses = [...inputs, ...outputs].map(at);
+    const scratch = [keys, keys + packedBytes, keys + 2 * packedBytes];
+    call.functions.attention_grad(count, heads, keyHeads, d, causal, scale, ...addresses, ...scratch);
+  });
+  return outputs;
+}
