@@ -45,6 +45,11 @@ export {
 export { type Kernels, useKernels } from "./src/policy/ops.ts";
 export { type LoadOptions, loadPolicy, tinyPolicyUrl } from "./src/policy/load.ts";
 export { QwenPolicy } from "./src/policy/qwen.ts";
+export type { GenerationDefaults, QwenConfig, TextConfig, TokenIds, VisionConfig } from "./src/policy/config.ts";
+export type { RenderOptions, Tokenizer } from "./src/policy/tokenizer.ts";
+export type { ImageProcessor, ImageProcessorConfig, ImageProcessorOptions } from "./src/policy/image_processor.ts";
+export type { Inspect } from "./src/policy/vision.ts";
+export type { Scalar, Tensor, Tensor1D, Tensor2D, Variable } from "./src/tensors.ts";
 export type {
   Completion,
   GenerateOptions,
@@ -58,7 +63,20 @@ export type {
 } from "./src/policy/policy.ts";
 export { type DecodeOptions, Picture } from "./src/policy/picture.ts";
 export type { Box, Dataset, DatasetHints, Sample } from "./src/data/dataset.ts";
-export { makeScene, type Scene, signs, type SignsOptions } from "./src/data/signs.ts";
+export {
+  makeScene,
+  type Rgb,
+  type Scene,
+  type Sign,
+  type SignColour,
+  signColours,
+  type SignLetter,
+  signLetters,
+  signs,
+  type SignShape,
+  signShapes,
+  type SignsOptions,
+} from "./src/data/signs.ts";
 export { drawScene } from "./src/data/signs_draw.ts";
 export { type FolderDataset, type FolderOptions, openFolder, type RowProblem } from "./src/data/folder.ts";
 export { openDataset, type OpenDatasetOptions } from "./src/data/catalogue.ts";
@@ -72,6 +90,7 @@ export {
   rollout,
   type RolloutBatch,
   type RolloutOptions,
+  type Size,
   summarize,
   toOriginal,
   type Trajectory,
@@ -101,14 +120,35 @@ export {
   type LossInputs,
   type LossOptions,
   type LossType,
+  type ObjectiveOptions,
   policyLoss,
+  type PolicyMetrics,
   schedule,
+  type ScheduleOptions,
+  type StepMetrics,
   Trainer,
   type TrainerOptions,
+  type TrainerState,
+  type TrainingTrajectory,
   type UpdateMetrics,
 } from "./src/mgpo.ts";
-export { train, Training, type TrainParts, type TrainSettings } from "./src/train.ts";
-export type { EvaluateOptions, TrainOptions } from "./src/settings.ts";
-export { evaluate, type Evaluation, type EvaluationItem, type Proportion } from "./src/evaluate.ts";
+export {
+  type StepProgress,
+  type StepRollouts,
+  train,
+  Training,
+  type TrainingState,
+  type TrainParts,
+  type TrainSettings,
+} from "./src/train.ts";
+export type { ConversationOptions, EvaluateOptions, TrainOptions } from "./src/settings.ts";
+export {
+  type Difference,
+  evaluate,
+  type EvaluateParts,
+  type Evaluation,
+  type EvaluationItem,
+  type Proportion,
+} from "./src/evaluate.ts";
 export type { StepRecord } from "./src/run/metrics.ts";
 export { InputError } from "./src/run/errors.ts";

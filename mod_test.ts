@@ -56,7 +56,7 @@ Deno.test("the public API is what it was: a removed or renamed export is a decis
     "AdamW", "InputError", "Picture", "QwenPolicy", "Trainer", "Training", "binaryReward", "boxedAnswer", "chooseBackend",
     "combineRewards", "cropBox", "defaultTemplate", "describeBackend", "drawScene", "evaluate", "formatReward",
     "groupAdvantages", "hitReward", "invalidReasons", "iouReward", "isCorrect", "lengthPenalty", "loadPolicy", "makeScene",
-    "openDataset", "openFolder", "parseBox", "policyLoss", "rollout", "schedule", "signs", "summarize", "tinyPolicyUrl",
-    "toOriginal", "train", "trajectoryToJson", "useKernels", "validBoxReward",
+    "openDataset", "openFolder", "parseBox", "policyLoss", "rollout", "schedule", "signColours", "signLetters", "signShapes",
+    "signs", "summarize", "tinyPolicyUrl", "toOriginal", "train", "trajectoryToJson", "useKernels", "validBoxReward",
   ]);
 });

@@ -24,28 +24,37 @@ export interface EvaluateParts {
 
 /** A share of a number of trials. */
 export interface Proportion {
+  /** Trials that turned out as the field says. */
   count: number;
+  /** All trials. */
   of: number;
   /** count / of; NaN without trials. */
   value: number;
-  /** Ends of the 95 % Wilson interval; 0 and 1 without trials. */
+  /** Lower end of the 95 % Wilson interval; 0 without trials. */
   low: number;
+  /** Its upper end; 1 without trials. */
   high: number;
 }
 
 /** A difference of two proportions, with its 95 % Newcombe interval. */
 export interface Difference {
+  /** −1..1; NaN if one of the two has no trials. */
   value: number;
+  /** Lower end of the interval. */
   low: number;
+  /** Its upper end. */
   high: number;
 }
 
 /** One item as it went. */
 export interface EvaluationItem {
+  /** The `id` of the sample. */
   sampleId: string;
+  /** Whether the last reply's boxed answer is right. */
   correct: boolean;
   /** What stood in the box; absent without one. */
   answer?: string;
+  /** The sample's right answer. */
   expected: string;
   /** Grounding runs: whether the first grounding turn gave a valid box. */
   valid?: boolean;
@@ -53,16 +62,23 @@ export interface EvaluationItem {
   invalid?: string;
   /** Whether its crop contains all boxes of the sample. */
   hit?: boolean;
+  /** The same for each of the sample's named regions. */
   regions?: Record<string, boolean>;
 }
 
 /** The result of {@linkcode evaluate}; plain JSON. */
 export interface Evaluation {
+  /** The policy's `name`. */
   policy: string;
+  /** The dataset's `name`. */
   dataset: string;
+  /** The dataset's `fingerprint`: equal ones asked the same questions. */
   fingerprint: string;
+  /** Assistant turns of a conversation. */
   turns: number;
+  /** Softmax temperature; 0 was greedy. */
   temperature: number;
+  /** Seed of the draws and of the choice of items. */
   seed: number;
   /** Right answers. */
   accuracy: Proportion;
@@ -82,6 +98,7 @@ export interface Evaluation {
   clipped: Proportion;
   /** Samples that could not be read. */
   skipped: { sampleId: string; error: string }[];
+  /** Every item that could be read, in the order of the evaluation. */
   items: EvaluationItem[];
 }
 

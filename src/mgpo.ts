@@ -36,6 +36,7 @@
 import { tf } from "./deps.ts";
 import { hasFused, run } from "./policy/ops.ts";
 import type { ImageInput, Policy, Sequence, TokenLogProbs } from "./policy/policy.ts";
+import type { Scalar, Tensor, Tensor1D, Tensor2D, Variable } from "./tensors.ts";
 
 // ---------------------------------------------------------------------------------------------------------- advantages
 
@@ -154,15 +155,15 @@ export interface LossOptions extends ObjectiveOptions {
 /** Tensors of {@linkcode policyLoss}. What lies off the mask must be finite and has no effect. */
 export interface LossInputs {
   /** `[B, T]`, differentiable: ln π. */
-  logprobs: tf.Tensor2D;
+  logprobs: Tensor2D;
   /** `[B, T]`: ln π_old. */
-  oldLogprobs: tf.Tensor2D;
+  oldLogprobs: Tensor2D;
   /** `[B, T]`: ln π_ref; needed if β is not 0. */
-  refLogprobs?: tf.Tensor2D;
-  /** `[B]` */
-  advantages: tf.Tensor1D;
+  refLogprobs?: Tensor2D;
+  /** `[B]`: one for all tokens of a row. */
+  advantages: Tensor1D;
   /** `[B, T]`: 1 where a token carries loss, else 0. */
-  mask: tf.Tensor2D;
+  mask: Tensor2D;
 }
 
 /**
@@ -171,7 +172,7 @@ export interface LossInputs {
  * @returns A scalar, differentiable with respect to `logprobs`; the caller owns it.
  * @throws {RangeError} if β has no reference, or `dr_grpo` no `maxCompletionLength`.
  */
-export function policyLoss(inputs: LossInputs, options: LossOptions = {}): tf.Scalar {
+export function policyLoss(inputs: LossInputs, options: LossOptions = {}): Scalar {
   const { clipLow = 0.2, clipHigh = 0.2, delta, beta = 0, importanceSampling = "token" } = options;
   const { logprobs, oldLogprobs, refLogprobs, mask } = inputs;
   if (beta !== 0 && !refLogprobs) throw new RangeError(`beta is ${beta}, but there are no reference log-probs`);
@@ -221,12 +222,17 @@ export interface TokenRow {
   advantage: number;
 }
 
-/** Clip fractions are over tokens (`sequence` sampling: over rows); `low_min`, `high_max` over rows that have tokens. */
+/** Metrics of the objective. Clip fractions, 0..1, are over tokens (`sequence` sampling: over rows). */
 export interface PolicyMetrics {
+  /** Fraction clipped below: the advantage is negative and the ratio under 1 − ε_low. */
   "clip_ratio/low": number;
+  /** Fraction clipped above: the advantage is positive and the ratio over 1 + ε_high. */
   "clip_ratio/high": number;
+  /** Fraction clipped on either side: `low` + `high`. */
   "clip_ratio/region": number;
+  /** Smallest `low` of a single row among rows that have tokens; NaN without one. */
   "clip_ratio/low_min": number;
+  /** Largest `high` of a single row among rows that have tokens; NaN without one. */
   "clip_ratio/high_max": number;
   /** Mean k3 estimate per token; present if every row has `ref`. */
   kl?: number;
@@ -400,10 +406,12 @@ export class AdamW {
   skipped = 0;
 
   /**
+   * Allocates two moments of zeros for each parameter that is not frozen.
+   *
    * @param params By name; not owned, and changed by {@linkcode step}.
    * @throws {RangeError} if every parameter is frozen.
    */
-  constructor(params: ReadonlyMap<string, tf.Variable>, options: AdamWOptions = {}) {
+  constructor(params: ReadonlyMap<string, Variable>, options: AdamWOptions = {}) {
     this.#options = settled(adamWDefaults, options);
     for (const [name, param] of params) {
       if (this.#options.freeze(name)) continue;
@@ -414,7 +422,7 @@ export class AdamW {
   }
 
   /** The parameters that are trained, by name. */
-  get trained(): ReadonlyMap<string, tf.Variable> {
+  get trained(): ReadonlyMap<string, Variable> {
     return new Map(Array.from(this.#slots, ([name, { param }]) => [name, param]));
   }
 
@@ -425,10 +433,11 @@ export class AdamW {
    * @param lr Learning rate before `learningRateScale`.
    * @returns The global norm before clipping, and whether the step was skipped because that is not finite.
    */
-  async step(grads: ReadonlyMap<string, tf.Tensor>, lr: number): Promise<{ gradNorm: number; skipped: boolean }> {
+  async step(grads: ReadonlyMap<string, Tensor>, lr: number): Promise<{ gradNorm: number; skipped: boolean }> {
     const used = [...this.#slots.keys()].filter((name) => grads.has(name));
     if (used.length === 0) throw new RangeError("no gradient for any trained parameter");
-    const squares = tf.tidy(() => tf.addN(used.map((name) => sumSquares(grads.get(name)!).reshape([]))));
+    // Not addN: its WebGPU program binds all inputs at once, more than a shader stage may have.
+    const squares = tf.tidy(() => tf.sum(tf.concat1d(used.map((name) => sumSquares(grads.get(name)!).reshape([1])))));
     const gradNorm = Math.sqrt((await squares.data())[0]);
     squares.dispose();
     if (!Number.isFinite(gradNorm)) {
@@ -497,6 +506,7 @@ export interface TrainingTrajectory {
   readonly assistantMask: readonly number[];
   /** ln π_old as recorded, 0 off the mask. */
   readonly logprobs: readonly number[];
+  /** The images that the image tokens in `ids` stand for, in order. */
   readonly images: readonly ImageInput[];
 }
 
@@ -534,6 +544,7 @@ const optionNames = [...Object.keys(trainerDefaults), ...Object.keys(adamWDefaul
 export interface StepMetrics {
   /** Global norm before clipping; 0 without a step, NaN or Infinity if a step was skipped for it. */
   grad_norm: number;
+  /** What the schedule gave for this update, before `learningRateScale`. */
   learning_rate: number;
   /** Tokens that carry loss, rows without gradient included. */
   tokens: number;
@@ -544,20 +555,27 @@ export interface StepMetrics {
 }
 /** Metrics of {@linkcode Trainer.update}. */
 export interface UpdateMetrics extends StepMetrics, PolicyMetrics {
+  /** Mean of {@linkcode policyLoss} over the optimizer steps, the KL term included; 0 without a step. */
   policy_loss: number;
   /** Largest |recomputed − recorded| log-prob before the first optimizer step; NaN if nothing went through the model. */
   "rollout/logprob_diff_max": number;
+  /** Mean of the rewards that are not NaN. */
   "reward/mean": number;
   /** Mean over the groups of the std within the group. */
   "reward/std": number;
+  /** Fraction of groups, 0..1, whose rewards are all equal: nothing is learned from them. */
   frac_reward_zero_std: number;
+  /** Mean |advantage| over all dialogues, those without effect included. */
   "advantage/abs_mean": number;
+  /** The most negative advantage of a dialogue. */
   "advantage/min": number;
+  /** The largest advantage of a dialogue. */
   "advantage/max": number;
 }
 
 /** What a run must keep, beside the weights, to go on as if it had not stopped. */
 export interface TrainerState {
+  /** The optimizer's moments and counters, as {@linkcode AdamW.state} names them. */
   tensors: Map<string, Float32Array>;
   /** Updates made (RL and supervised together). */
   updates: number;
@@ -617,6 +635,8 @@ export class Trainer {
   #updates = 0;
 
   /**
+   * Checks the options and allocates the optimizer's state.
+   *
    * @param policy Changed in place; not owned.
    * @param reference Frozen policy for the KL; needed if `beta` is not 0. With β = 0 it is only measured.
    * @throws {RangeError} if an option is unknown or impossible, or nothing is left to train.

@@ -127,22 +127,24 @@ function grounding(trajectory: Trajectory): TurnRecord | undefined {
 }
 
 /** 1 if the last reply's boxed answer is right, else 0. MGPO's reward. */
-export const binaryReward: RewardFunction = (sample, trajectory) => Number(isCorrect(sample, lastText(trajectory)));
+export const binaryReward: RewardFunction = (sample, trajectory): number =>
+  Number(isCorrect(sample, lastText(trajectory)));
 
 /** 1 if the last reply has a non-empty boxed answer, right or wrong, else 0. */
-export const formatReward: RewardFunction = (_, trajectory) => Number(!!boxedAnswer(lastText(trajectory)));
+export const formatReward: RewardFunction = (_, trajectory): number => Number(!!boxedAnswer(lastText(trajectory)));
 
 /** 1 if the first grounding turn gave a valid box, else 0. */
-export const validBoxReward: RewardFunction = (_, trajectory) => Number(grounding(trajectory)?.box !== undefined);
+export const validBoxReward: RewardFunction = (_, trajectory): number =>
+  Number(grounding(trajectory)?.box !== undefined);
 
 /** 1 if the first crop contains all boxes of the sample, else 0 (also for samples without boxes). */
-export const hitReward: RewardFunction = (_, trajectory) => Number(grounding(trajectory)?.hit === true);
+export const hitReward: RewardFunction = (_, trajectory): number => Number(grounding(trajectory)?.hit === true);
 
 /**
  * Intersection over union, 0..1, of the first box (before the crop is grown) and the smallest rectangle around the sample's
  * boxes, in original pixels; 0 without either.
  */
-export const iouReward: RewardFunction = (sample, trajectory) => {
+export const iouReward: RewardFunction = (sample, trajectory): number => {
   const box = grounding(trajectory)?.box;
   if (!box || !sample.boxes?.length) return 0;
   const around: Box = [
@@ -182,6 +184,7 @@ export function lengthPenalty(limit: number, margin: number): RewardFunction {
 
 /** One part of a combined reward. */
 export interface RewardPart {
+  /** Scores the conversation; must return a finite number. */
   reward: RewardFunction;
   /** Factor of this part in the total. */
   weight: number;

@@ -72,6 +72,7 @@ export const defaultTemplate: Readonly<PromptTemplate> = {
 // deno-fmt-ignore
 export const invalidReasons =
   ["no_json", "wrong_shape", "not_numbers", "out_of_range", "degenerate", "too_small", "aspect"] as const;
+/** One of {@linkcode invalidReasons}. */
 export type InvalidReason = typeof invalidReasons[number];
 
 /** Options of {@linkcode rollout}. */
@@ -133,6 +134,7 @@ export interface TurnRecord extends Completion {
 
 /** One whole conversation, as sampled: what the optimizer trains on. */
 export interface Trajectory {
+  /** The `id` of the sample that it is about. */
   sampleId: string;
   /** Position of the sample in the step (`firstPrompt` + its index in the call). */
   prompt: number;
@@ -146,6 +148,7 @@ export interface Trajectory {
   logprobs: number[];
   /** The images that the image tokens stand for, in order. */
   images: ImageInput[];
+  /** The turns in order; the last one holds the answer, those before it ground. */
   turns: TurnRecord[];
   /** `[width, height]` of the resized first picture: the unit of boxes. */
   inputSize: [number, number];

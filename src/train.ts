@@ -22,14 +22,14 @@ import { type PromptTemplate, renderChoices, renderTurn, resolveTemplate, rollou
 import type { RolloutBatch, RolloutOptions, Trajectory } from "./rollout.ts";
 import { InputError } from "./run/errors.ts";
 import type { StepRecord } from "./run/metrics.ts";
-import { type OptionValues, resolveOptions } from "./run/options.ts";
+import { resolveOptions } from "./run/options.ts";
 import { readSamples, stepPositions, yieldToEvents } from "./samples.ts";
 import { maxNewTokensFor, splitByTable, type TrainOptions, trainTable, withHints } from "./settings.ts";
 
-/** Settings of a run with every default worked out. */
+/** Settings of a run with every default worked out. Open may stay `delta` (no bound) and what rollouts have defaults for. */
 export type TrainSettings =
-  & OptionValues<typeof trainTable>
-  & { turns: number; learningRate: number; maxNewTokens: number[] };
+  & Required<Omit<TrainOptions, "delta" | "minBoxSide" | "minCropSide" | "squareCrop">>
+  & Pick<TrainOptions, "delta" | "minBoxSide" | "minCropSide" | "squareCrop">;
 
 /** What a run takes beside its settings: things that aren't plain values. */
 export interface TrainParts {
@@ -53,7 +53,9 @@ export interface TrainParts {
 
 /** Where a step is. */
 export interface StepProgress {
+  /** The step being made, from 1. */
   step: number;
+  /** `rollout`: conversations are sampled; `update`: weights change; `eval`: the held-out data is asked. */
   phase: "rollout" | "update" | "eval";
   /** What is being done, in a few words. */
   detail: string;
@@ -61,12 +63,15 @@ export interface StepProgress {
 
 /** The rollouts of a step as they were scored. */
 export interface StepRollouts {
+  /** The step they belong to, from 1. */
   step: number;
   /** The step's samples; a trajectory's `prompt` is a position here. */
   samples: readonly Sample[];
+  /** Sample by sample, `groupSize` of each that could be read. */
   trajectories: readonly Trajectory[];
   /** One for each trajectory. */
   rewards: readonly RewardValue[];
+  /** Samples that could not be read or prepared, with the reason. */
   skipped: RolloutBatch["skipped"];
 }
 
@@ -78,6 +83,7 @@ export interface TrainingState {
   tokens: number;
   /** Samples skipped so far. */
   skipped: number;
+  /** The optimizer's moments and counters. */
   trainer: TrainerState;
 }
 
@@ -156,7 +162,7 @@ export class Training {
     resolveTemplate(parts.template);
     this.#score = combineRewards(parts.rewards ?? { binary: { reward: binaryReward, weight: 1 } });
     this.#trainer = new Trainer(policy, trainerOptions(this.settings), parts.reference);
-    if (parts.state) this.#load(parts.state);
+    if (parts.state) this.load(parts.state);
   }
 
   /** Steps done. */
@@ -169,7 +175,12 @@ export class Training {
     return { step: this.#step, tokens: this.#tokens, skipped: this.#skipped, trainer: await this.#trainer.state() };
   }
 
-  #load(state: TrainingState): void {
+  /**
+   * Goes on from a state; the policy must hold the weights of that moment.
+   *
+   * @throws {RangeError} if the state belongs to another policy or other settings.
+   */
+  load(state: TrainingState): void {
     this.#trainer.load(state.trainer);
     this.#step = state.step;
     this.#tokens = state.tokens;

@@ -15,6 +15,7 @@ export interface Sample {
   readonly id: string;
   /** Draws or decodes the original picture. May reject: the sample is then skipped and counted. */
   picture(): Promise<Picture>;
+  /** Plain text; what a policy is asked, without the choices. */
   readonly question: string;
   /** The offered answers, in the order in which they are shown. */
   readonly choices?: readonly string[];
@@ -49,6 +50,7 @@ export interface Dataset {
   readonly size: number;
   /** The sample at a position, 0 ≤ index < size. May reject: the sample is then skipped and counted. */
   get(index: number): Promise<Sample>;
+  /** Where its pictures call for other settings than a rollout's own defaults. @default {none} */
   readonly hints?: DatasetHints;
   /** What names the data exactly (a version of the generator, a hash of the rows), for run.json. */
   readonly fingerprint: string;

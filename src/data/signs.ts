@@ -53,10 +53,13 @@ export const signQuestion = "which letter is on the {colour} sign?";
 
 /** One sign. All lengths are pixels of the original picture. */
 export interface Sign {
+  /** The name by which the question asks for it; no two signs of a scene share one. */
   readonly colour: SignColour;
   /** The colour as painted, jitter included, before lighting. */
   readonly rgb: Rgb;
+  /** Outline of the coloured area; says nothing about the answer. */
   readonly shape: SignShape;
+  /** Middle of the sign. */
   readonly centre: readonly [x: number, y: number];
   /** Width and height; even. */
   readonly side: number;
@@ -64,6 +67,7 @@ export interface Sign {
   readonly box: Box;
   /** The dark plate: the letter's 5 × 7 font pixels and a rim of one font pixel. */
   readonly plate: Box;
+  /** What the plate shows. */
   readonly letter: SignLetter;
   /** Width and height of a font pixel: 3 (small) or 7 (large). */
   readonly scale: number;
@@ -77,12 +81,15 @@ export interface Scene {
   readonly texture: number;
   /** Where the background's window starts in the (endlessly repeated) texture. */
   readonly window: readonly [x: number, y: number];
+  /** Four to six, none touching another. */
   readonly signs: readonly Sign[];
   /** Index into `signs` of the sign that is asked about. */
   readonly target: number;
+  /** `which letter is on the … sign?`, with the target's colour. */
   readonly question: string;
   /** Four distinct letters in alphabetical order, the right one among them. */
   readonly choices: readonly SignLetter[];
+  /** The letter of the target. */
   readonly answer: SignLetter;
 }
 

@@ -13,8 +13,11 @@ export type BackendName = "webgpu" | "wasm";
 
 /** What a WebGPU adapter says of itself. */
 export interface AdapterInfo {
+  /** Maker of the chip, by name or number; empty where the driver does not say. */
   vendor: string;
+  /** The chip among those of its maker, by name or number; empty where the driver does not say. */
   device: string;
+  /** The chip in words, e.g. `NVIDIA H100`; empty where the driver does not say. */
   description: string;
   /** Whether it is a software adapter. */
   isFallback: boolean;
@@ -22,6 +25,7 @@ export interface AdapterInfo {
 
 /** A decision between the backends. */
 export interface BackendChoice {
+  /** What computes from here on. */
   backend: BackendName;
   /** Why, in one line without a full stop. */
   reason: string;

@@ -8,16 +8,23 @@ import { InputError } from "../run/errors.ts";
 
 /** The language model's half. */
 export interface TextConfig {
+  /** Rows of the embedding; may be more than the tokenizer has tokens. */
   vocabSize: number;
+  /** Width of the residual stream. */
   hiddenSize: number;
+  /** Width inside the gated MLP. */
   intermediateSize: number;
+  /** Decoder blocks. */
   layers: number;
+  /** Heads of queries. */
   heads: number;
   /** Heads of keys and values; divides `heads`. */
   kvHeads: number;
   /** hiddenSize / heads. */
   headDim: number;
+  /** Added to the mean square in every norm. */
   rmsNormEps: number;
+  /** Base of the rotary frequencies. */
   ropeTheta: number;
   /** Frequencies rotated by time, height and width; they sum to headDim / 2. */
   mropeSection: readonly [number, number, number];
@@ -27,12 +34,17 @@ export interface TextConfig {
 
 /** The vision tower's half. */
 export interface VisionConfig {
+  /** Transformer blocks. */
   depth: number;
+  /** Width of a patch's vector inside the tower. */
   hiddenSize: number;
+  /** Width inside the gated MLP. */
   intermediateSize: number;
+  /** Attention heads; queries, keys and values have equally many. */
   heads: number;
   /** hiddenSize / heads. */
   headDim: number;
+  /** Colour channels of a picture: 3. */
   inChannels: number;
   /** Side of a patch in pixels. */
   patchSize: number;
@@ -54,28 +66,43 @@ export interface VisionConfig {
 
 /** Ids with a meaning. */
 export interface TokenIds {
+  /** Stands for one merged patch of an image. */
   image: number;
+  /** Stands for one merged patch of a video; never used here, only kept from being sampled. */
   video: number;
+  /** Opens the image tokens of a picture. */
   visionStart: number;
+  /** Closes the image tokens of a picture. */
   visionEnd: number;
   /** Ids that end a reply, without repetition. */
   eos: readonly number[];
+  /** Fills up rows in other implementations; kept from the file, unused here. */
   pad?: number;
+  /** Begins a text in some vocabularies; kept from the file, unused here. */
   bos?: number;
 }
 
 /** Sampling defaults of generation_config.json; absent fields are undefined. */
 export interface GenerationDefaults {
+  /** Ids that are never sampled. */
   suppressTokens: readonly number[];
+  /** Softmax temperature that the model's makers advise. */
   temperature?: number;
+  /** Nucleus mass that the model's makers advise, 0 < topP ≤ 1. */
   topP?: number;
+  /** The most tokens of a reply. */
+  maxNewTokens?: number;
 }
 
 /** Everything that the architecture depends on. */
 export interface QwenConfig {
+  /** The language model. */
   text: TextConfig;
+  /** The vision tower. */
   vision: VisionConfig;
+  /** Special tokens by role. */
   tokens: TokenIds;
+  /** What generation_config.json advises; empty without the file. */
   generation: GenerationDefaults;
 }
 
@@ -193,7 +220,12 @@ export function parseConfig(json: unknown, where: string): QwenConfig {
     );
   }
   const tokens = parseTokens(root, nested ?? root, text.vocabSize);
-  return { text, vision, tokens, generation: { suppressTokens: [], temperature: undefined, topP: undefined } };
+  return {
+    text,
+    vision,
+    tokens,
+    generation: { suppressTokens: [], temperature: undefined, topP: undefined, maxNewTokens: undefined },
+  };
 }
 
 function parseText(fields: Fields, root: Fields): TextConfig {
@@ -341,6 +373,7 @@ export function parseGenerationConfig(json: unknown, where: string, config: Qwen
       suppressTokens: ids("suppress_tokens") ?? config.generation.suppressTokens,
       temperature: number("temperature") ?? config.generation.temperature,
       topP: number("top_p") ?? config.generation.topP,
+      maxNewTokens: fields.optionalInt("max_new_tokens", 1) ?? config.generation.maxNewTokens,
     },
   };
 }

@@ -139,11 +139,14 @@ export function smartResize(height: number, width: number, options: SmartResizeO
 
 /** Prepares pictures for the vision tower. */
 export class ImageProcessor {
+  /** The settings in force: the options, else the file's, else those of the published checkpoints. */
   readonly config: Readonly<ImageProcessorConfig>;
   /** Normalised value by channel and byte, `[3, 256]`. */
   readonly #normalised: Float32Array;
 
   /**
+   * Checks the settings and tabulates the normalisation.
+   *
    * @param json The parsed `preprocessor_config.json`: limits as `min_pixels` and `max_pixels`, or as `size.shortest_edge`
    * and `size.longest_edge`. What it leaves out is as in the published checkpoints.
    * @throws {InputError} A field has the wrong type or range.

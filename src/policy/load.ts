@@ -31,10 +31,14 @@ export const tinyPolicyUrl: URL = new URL("../../fixtures/tiny/", import.meta.ur
  * @throws {InputError} A file is missing, malformed, or does not fit the configuration; the message names it.
  *
  * @example
- * ```ts no-eval
- * import { chooseBackend, loadPolicy } from "../../mod.ts";
- * await chooseBackend("auto");
+ * ```ts
+ * import { chooseBackend } from "../gpu/backend.ts";
+ * import { loadPolicy } from "./load.ts";
+ *
+ * await chooseBackend("wasm");
  * const policy = await loadPolicy();
+ * console.log(policy.decode(policy.encode("which letter is on the red sign?")));
+ * policy.dispose();
  * ```
  */
 export async function loadPolicy(source: string | URL = "tiny", options: LoadOptions = {}): Promise<QwenPolicy> {

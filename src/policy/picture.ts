@@ -19,7 +19,9 @@ export const defaultMaxPixels = 178_956_970;
 
 /** An RGB picture in memory. Treat its pixels as read-only. */
 export class Picture {
+  /** Columns of pixels, at least 1. */
   readonly width: number;
+  /** Rows of pixels, at least 1. */
   readonly height: number;
   /** RGBA bytes `[height, width, 4]`; alpha carries no meaning. What {@linkcode data} is made from, without a copy. */
   readonly rgba: Uint8Array;

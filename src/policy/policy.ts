@@ -4,12 +4,14 @@
  *
  * @module
  */
-import type { tf } from "../deps.ts";
+import type { Tensor2D, Variable } from "../tensors.ts";
 import type { Picture } from "./picture.ts";
 
 /** One message of a conversation, in the shape that chat templates of the Qwen-VL family take. */
 export interface Message {
+  /** Who speaks. */
   role: "system" | "user" | "assistant";
+  /** Text alone, or text and images in the order of reading. */
   content: string | MessagePart[];
 }
 /** A part of a message: text, or the place of the next image. */
@@ -29,6 +31,7 @@ export interface ImageInput {
 export interface Sequence {
   /** Token ids; every image is already expanded to one image token per merged patch. */
   readonly ids: readonly number[];
+  /** One for each run of image tokens in `ids`, in the same order. */
   readonly images: readonly ImageInput[];
 }
 
@@ -78,9 +81,9 @@ export interface LogProbOptions {
 /** Log-probs of chosen tokens, rows padded on the right with 0 to the longest. */
 export interface TokenLogProbs {
   /** `[B, T]`: ln p(ids[t] | ids[<t]) of the masked tokens of each row, in order. Differentiable. */
-  logprobs: tf.Tensor2D;
+  logprobs: Tensor2D;
   /** `[B, T]`: entropy in nats of the distribution that each masked token was drawn from. Differentiable. */
-  entropy: tf.Tensor2D;
+  entropy: Tensor2D;
 }
 
 /** A vision-language policy. */
@@ -94,7 +97,7 @@ export interface Policy {
   /** The most tokens of a reply that the policy's folder suggests (`max_new_tokens` of generation_config.json), if it does. */
   readonly maxNewTokens?: number;
   /** Trainable variables by published checkpoint name. Owned by the policy. */
-  readonly parameters: ReadonlyMap<string, tf.Variable>;
+  readonly parameters: ReadonlyMap<string, Variable>;
   /** Resizes a picture into the pixel budget and cuts it into normalised patches. */
   prepareImage(picture: Picture): ImageInput;
   /**

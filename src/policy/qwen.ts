@@ -22,6 +22,7 @@ import { type RopeIndex, ropeIndex, textRopeTable } from "./rope_index.ts";
 import { type SamplerOptions, sampleToken } from "./sampler.ts";
 import { decodeStep, embed, head, KeyValueCache, type RopeTensors, textForward, type TextHooks } from "./text.ts";
 import type { Tokenizer } from "./tokenizer.ts";
+import type { Tensor2D, Variable } from "../tensors.ts";
 import { type Inspect, type VisionFeatures, visionForward, type Weights } from "./vision.ts";
 
 /** Prompts are prefilled, and pictures encoded, in batches of at most this many tokens or patches. */
@@ -99,24 +100,39 @@ export interface QwenParts {
 /** A Qwen2.5-VL policy. Make one with `loadPolicy` of load.ts. */
 export class QwenPolicy implements Policy {
   readonly name: string;
+  /** Sizes and token ids, as `config.json` and `generation_config.json` have them. */
   readonly config: QwenConfig;
   readonly stopTokens: readonly number[];
   readonly suppressTokens: readonly number[];
+  /** The most tokens of a reply that the folder's generation_config.json suggests. */
+  readonly maxNewTokens?: number;
+  /** Text ↔ ids, and the chat template. */
   readonly tokenizer: Tokenizer;
+  /** Picture → normalised patches, within the pixel budget. */
   readonly processor: ImageProcessor;
-  readonly parameters: ReadonlyMap<string, tf.Variable>;
-  /** Looks a parameter up by its published name. */
+  readonly parameters: ReadonlyMap<string, Variable>;
+  /**
+   * Looks a parameter up by its published name.
+   *
+   * @internal
+   */
   readonly weights: Weights;
   #features: FeatureCache;
   #stale = false;
   #save: QwenParts["save"];
   #suppressBias = new Map<string, tf.Tensor1D>();
 
+  /**
+   * Takes over tensors that are on the backend already; `loadPolicy` reads them from a folder.
+   *
+   * @internal
+   */
   constructor(parts: QwenParts) {
     this.name = parts.name;
     this.config = parts.config;
     this.stopTokens = parts.stopTokens;
     this.suppressTokens = parts.suppressTokens;
+    this.maxNewTokens = parts.config.generation.maxNewTokens;
     this.tokenizer = parts.tokenizer;
     this.processor = parts.processor;
     this.parameters = parts.parameters;
@@ -127,6 +143,8 @@ export class QwenPolicy implements Policy {
       if (!found) throw new RangeError(`the policy has no parameter ${name}`);
       return found;
     };
+    // Made now, so that the number of tensors doesn't depend on what is asked first.
+    this.#suppressTensor(this.suppressTokens);
   }
 
   prepareImage(picture: Picture): ImageInput {
@@ -167,7 +185,11 @@ export class QwenPolicy implements Policy {
     this.#stale = false;
   }
 
-  /** Tower features of the given images, `[M, D]` and, when asked for, per-patch features. Differentiable. */
+  /**
+   * Tower features of the given images, `[M, D]` and, when asked for, per-patch features. Differentiable.
+   *
+   * @internal
+   */
   imageFeatures(images: readonly ImageInput[], wantPatches = false, inspect?: Inspect): VisionFeatures {
     const width = this.config.vision.inChannels * this.config.vision.temporalPatchSize *
       this.config.vision.patchSize ** 2;
@@ -209,7 +231,11 @@ export class QwenPolicy implements Policy {
     }
   }
 
-  /** Packs sequences one after the other; equal images are taken once. */
+  /**
+   * Packs sequences one after the other; equal images are taken once.
+   *
+   * @internal
+   */
   pack(sequences: readonly Sequence[]): Packed {
     const merge = this.config.vision.spatialMergeSize, unit = merge * merge, imageToken = this.config.tokens.image;
     const images: ImageInput[] = [], start = new Map<string, number>();
@@ -246,7 +272,11 @@ export class QwenPolicy implements Policy {
     return { ids, lengths: sequences.map(({ ids }) => ids.length), featureRow, images, index };
   }
 
-  /** Rotary tables of packed sequences. */
+  /**
+   * Rotary tables of packed sequences.
+   *
+   * @internal
+   */
   ropeTensors(index: readonly RopeIndex[]): RopeTensors {
     const axis = (a: 0 | 1 | 2) => {
       const out = new Int32Array(index.reduce((s, { positions }) => s + positions[a].length, 0));
@@ -271,6 +301,7 @@ export class QwenPolicy implements Policy {
    *
    * @param trainVision Whether gradients reach the tower.
    * @param given Features of the packed images, where the caller has them already.
+   * @internal
    */
   hidden(packed: Packed, trainVision = false, hooks: TextHooks = {}, given?: tf.Tensor2D): tf.Tensor2D {
     let features: tf.Tensor2D | null = given ?? null;
@@ -292,7 +323,7 @@ export class QwenPolicy implements Policy {
   }
 
   /** Logits of all tokens of one sequence, `[L, V]`, reporting intermediate results by the goldens' names. */
-  forward(sequence: Sequence, inspect?: Inspect): tf.Tensor2D {
+  forward(sequence: Sequence, inspect?: Inspect): Tensor2D {
     return tf.tidy(() => {
       const hidden = this.hidden(this.pack([sequence]), inspect !== undefined, { inspect });
       return head(this.config, this.weights, hidden, inspect);

@@ -5,6 +5,7 @@
  * @module
  */
 import { tf } from "../deps.ts";
+import type { Tensor } from "../tensors.ts";
 import type { QwenConfig } from "./config.ts";
 import { attention, gatherRows, gelu, linear, rmsNorm, rope, type Segments, swiglu } from "./ops.ts";
 import { type Grid, visionRopeTable, windowIndex } from "./rope_index.ts";
@@ -13,7 +14,7 @@ import { type Grid, visionRopeTable, windowIndex } from "./rope_index.ts";
 export type Weights = (name: string) => tf.Tensor;
 
 /** Called with intermediate results, named as the goldens name them; must not keep the tensor. */
-export type Inspect = (name: string, value: tf.Tensor) => void;
+export type Inspect = (name: string, value: Tensor) => void;
 
 /** The epsilon of every norm in the tower, whatever the text model's is. */
 const VISION_EPS = 1e-6;

@@ -30,7 +30,7 @@ export interface CardMeasures {
 export async function measure(policy: QwenPolicy, items: number, log: (line: string) => void): Promise<CardMeasures> {
   const world = signs({ split: "heldout", seed: CARD_SEED });
   const run = async (label: string, turns: number, temperature: number): Promise<Evaluation> => {
-    const result = await evaluate(policy, world, { turns, temperature, items, maxNewTokens: [14, 8] });
+    const result = await evaluate(policy, world, { turns, temperature, items });
     log(`${label}\n${evaluationTable(result)}`);
     return result;
   };

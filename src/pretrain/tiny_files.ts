@@ -240,6 +240,8 @@ const config = () => ({
 const generationConfig = () => ({
   bos_token_id: special("<|endoftext|>"),
   do_sample: true,
+  // A grounding reply has 12 tokens, an answer 5.
+  max_new_tokens: 14,
   eos_token_id: special("<|im_end|>"),
   pad_token_id: special("<|endoftext|>"),
   // All but the end of the turn: none of them may ever be said.

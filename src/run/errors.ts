@@ -9,5 +9,6 @@
  * was wrong, where, and what to do; tasks print it alone, without a stack, and exit with status 1.
  */
 export class InputError extends Error {
+  /** What stands before the message where an error is printed with its stack. */
   override name = "InputError";
 }

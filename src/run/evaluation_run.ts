@@ -11,7 +11,7 @@ import { parseCommandLine, resolveOptions } from "./options.ts";
 import { formatBar, formatRatio, Progress } from "./progress.ts";
 import { evaluationTable } from "./report.ts";
 import { writeAtomically } from "./run_folder.ts";
-import { evalHelp, evalTaskTable, openBackend, openSplit, readTemplate, tokenLimits } from "./train_task.ts";
+import { evalHelp, evalTaskTable, openBackend, openSplits, readTemplate } from "./train_task.ts";
 
 /**
  * Evaluates as the command line says.
@@ -31,13 +31,12 @@ export async function runEvaluation(args: readonly string[], progress = new Prog
   if (task.json !== undefined) await refuseUnwritable(task.json);
   const template = await readTemplate(task.template);
   const { backend } = await openBackend(task.backend, progress);
-  const dataset = await openSplit(task, task.split, progress);
+  const [dataset] = await openSplits(task, [task.split], progress);
   const policy = await loadPolicy(task.policy, { minPixels: task.minPixels, maxPixels: task.maxPixels });
   progress.log(`${task.policy} on ${dataset.name}, ${options.turns} turn${options.turns === 1 ? "" : "s"}`);
   const started = performance.now();
   const evaluation = await evaluate(policy, dataset, {
     ...options,
-    maxNewTokens: tokenLimits(task.policy, options.maxNewTokens),
     template,
     onProgress: (done, items, correct) =>
       progress.status(`${formatBar(done, items)} ${done}/${items}  accuracy ${formatRatio(correct / done)}`),

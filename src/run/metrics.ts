@@ -9,10 +9,11 @@ import { InputError } from "./errors.ts";
  * What one training step measured. The names are those researchers know; which of them are there depends on the method and
  * the data.
  *
- * - `reward/mean`, `reward/std`: over all trajectories of the step. `frac_reward_zero_std`: groups with equal rewards, which
- *   teach nothing.
+ * - `reward/mean`: over all trajectories of the step; `reward/std`: mean of the groups' standard deviations; `reward/<name>`: a
+ *   part of a reward that has several. `frac_reward_zero_std`: groups with equal rewards, which teach nothing.
  * - `grounding/*`, `crop/area_ratio`, `completions/*`: see `summarize` in rollout.ts.
- * - `policy_loss`, `kl`, `entropy`, `clip_ratio/low`, `clip_ratio/high`, `grad_norm`, `learning_rate`: see mgpo.ts.
+ * - `policy_loss` (for sft the cross-entropy), `kl`, `entropy`, `clip_ratio/*`, `advantage/*`, `grad_norm`, `learning_rate`,
+ *   `skipped_steps`: see `UpdateMetrics` in mgpo.ts. `completions/tokens`: tokens that carry loss.
  * - `rollout/logprob_diff_max`: the largest difference between the log-prob of a token as sampled and as recomputed.
  * - `samples_skipped`: samples of this step that could not be read.
  * - `num_tokens`: tokens of all steps so far. `tokens_per_s`: of this step.
@@ -23,6 +24,7 @@ import { InputError } from "./errors.ts";
 export interface StepRecord {
   /** Counts from 1. */
   step: number;
+  /** The other metrics by the names above; those that are not finite or do not apply are left out. */
   [name: string]: number;
 }
 

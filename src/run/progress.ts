@@ -20,7 +20,7 @@ export class Progress {
   constructor(options: { isTerminal?: boolean; write?: (text: string) => void; columns?: () => number } = {}) {
     this.isTerminal = options.isTerminal ?? Deno.stdout.isTerminal();
     this.#write = options.write ?? writeToStdout;
-    this.#columns = options.columns ?? (() => Deno.consoleSize().columns);
+    this.#columns = options.columns ?? (() => Deno.consoleSize().columns || 80);
   }
 
   /** A line that stays. */

@@ -45,13 +45,7 @@ export class RunFolder {
    * @throws {InputError} if there is something at that place already.
    */
   static async create(path: string, manifest: RunManifest): Promise<RunFolder> {
-    const names = await namesIn(path);
-    if (names?.includes("run.json")) {
-      throw new InputError(`${path}: a run is there already; add --resume to go on with it, or choose another --run`);
-    }
-    if (names?.some((name) => !name.startsWith(TEMPORARY))) {
-      throw new InputError(`${path}: the folder is not empty and not a run; choose another --run`);
-    }
+    await refuseTaken(path);
     await Deno.mkdir(path, { recursive: true });
     await writeAtomically(`${path}/run.json`, JSON.stringify(manifest, null, 2) + "\n");
     return await new RunFolder(path).#makeFolders();
@@ -152,6 +146,21 @@ export class RunFolder {
     const path = `${this.path}/metrics.jsonl`;
     const text = await readIfThere(path) ?? "";
     await writeAtomically(path, keepSteps(text, step, path).map(metricsLine).join(""));
+  }
+}
+
+/**
+ * Checks that a new run may be written at a place.
+ *
+ * @throws {InputError} if there is something already.
+ */
+export async function refuseTaken(path: string): Promise<void> {
+  const names = await namesIn(path);
+  if (names?.includes("run.json")) {
+    throw new InputError(`${path}: a run is there already; add --resume to go on with it, or choose another --run`);
+  }
+  if (names?.some((name) => !name.startsWith(TEMPORARY))) {
+    throw new InputError(`${path}: the folder is not empty and not a run; choose another --run`);
   }
 }
 

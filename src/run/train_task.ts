@@ -16,7 +16,7 @@ import { describeEnvironment } from "./environment.ts";
 import { InputError } from "./errors.ts";
 import { helpText, optionTable, type OptionValues, parseCommandLine, resolveOptions } from "./options.ts";
 import type { Progress } from "./progress.ts";
-import { defaultRunPath, newestCheckpoint, RunFolder } from "./run_folder.ts";
+import { defaultRunPath, newestCheckpoint, refuseTaken, RunFolder } from "./run_folder.ts";
 
 /** Options that say what policy sees what data on what machine; shared by tasks. */
 export const sourceTable = optionTable({
@@ -131,14 +131,6 @@ export function parseTrainTask(args: readonly string[]): { task: TrainTaskOption
   return { task: resolveOptions(trainTaskTable, { ...task }), train };
 }
 
-/** A reply of the embedded policy has at most 12 tokens where it points, and 5 where it answers. */
-const TINY_MAX_NEW_TOKENS = [14, 8] as const;
-
-/** The token limits that suit a policy, where none are given. */
-export function tokenLimits(policy: string, given?: readonly number[]): readonly number[] | undefined {
-  return given ?? (policy === "tiny" ? TINY_MAX_NEW_TOKENS : undefined);
-}
-
 /** Reads rewards like `binary=1,format=0.1`; a name alone has weight 1. */
 export function parseReward(text: string): Record<string, RewardPart> {
   const known: Record<string, RewardPart["reward"]> = {
@@ -186,17 +178,22 @@ export async function openBackend(name: string, progress: Progress): Promise<Bac
   return choice;
 }
 
-/** Opens a split and reports rows that were left out. */
-export async function openSplit(
+/** Opens splits of the data and reports rows that were left out. */
+export async function openSplits<const S extends readonly ("train" | "heldout")[]>(
   { data, heldoutShare }: SourceOptions,
-  split: "train" | "heldout",
+  splits: S,
   progress: Progress,
-): Promise<Dataset> {
-  const dataset = await openDataset(data, split, { heldoutShare });
-  const problems = datasetProblems(dataset);
-  for (const { message } of problems.slice(0, 3)) progress.log(`skipped row: ${message}`);
-  if (problems.length > 3) progress.log(`skipped rows: ${problems.length} in all`);
-  return dataset;
+): Promise<{ [K in keyof S]: Dataset }> {
+  const datasets: Dataset[] = [], problems = new Set<string>();
+  for (const split of splits) {
+    const dataset = await openDataset(data, split, { heldoutShare });
+    datasets.push(dataset);
+    // Splits of one file share its wrong rows.
+    for (const { message } of datasetProblems(dataset)) problems.add(message);
+  }
+  for (const message of [...problems].slice(0, 3)) progress.log(`skipped row: ${message}`);
+  if (problems.size > 3) progress.log(`skipped rows: ${problems.size} in all`);
+  return datasets as { [K in keyof S]: Dataset };
 }
 
 /** Everything that a run needs, open. */
@@ -221,20 +218,20 @@ export async function openRun(
   parts: Pick<TrainParts, "onProgress" | "onRollouts" | "onEvaluation">,
 ): Promise<OpenRun> {
   const rewards = parseReward(task.reward), template = await readTemplate(task.template);
-  const backend = await openBackend(task.backend, progress);
-  const dataset = await openSplit(task, "train", progress);
   const { evalEvery, method, seed } = resolveOptions(trainTable, { ...train });
-  const isEvaluated = evalEvery > 0 || task.finalItems > 0;
-  const heldOut = isEvaluated ? await openSplit(task, "heldout", progress) : undefined;
   const path = task.run ?? await defaultRunPath(`runs/${method}-${nameOf(task.data)}-s${seed}`, task.resume);
+  // Said before minutes of loading; RunFolder.create checks again.
+  if (!task.resume) await refuseTaken(path);
+  const backend = await openBackend(task.backend, progress);
+  const isEvaluated = evalEvery > 0 || task.finalItems > 0;
+  const splits = isEvaluated ? ["train", "heldout"] as const : ["train"] as const;
+  const [dataset, heldOut] = await openSplits(task, splits, progress);
   const begun = task.resume ? await newestCheckpoint(path) : 0;
   const checkpoint = `${path}/checkpoints/step-${begun}`;
   const { minPixels, maxPixels } = task;
   const policy = await loadPolicy(begun > 0 ? checkpoint : task.policy, { minPixels, maxPixels });
   const reference = (train.beta ?? 0) > 0 ? await loadPolicy(task.policy, { minPixels, maxPixels }) : undefined;
-  const state = begun > 0 ? await loadTraining(checkpoint) : undefined;
-  const options = { ...train, maxNewTokens: tokenLimits(task.policy, train.maxNewTokens) };
-  const training = new Training(policy, dataset, options, { heldOut, rewards, reference, template, state, ...parts });
+  const training = new Training(policy, dataset, train, { heldOut, rewards, reference, template, ...parts });
   const { run: _run, resume: _resume, help: _help, ...asked } = task;
   const manifest = {
     settings: {
@@ -244,6 +241,8 @@ export async function openRun(
     environment: await describeEnvironment(backend),
   };
   const folder = task.resume ? (await RunFolder.resume(path, manifest)).folder : await RunFolder.create(path, manifest);
+  // Only now is it certain that the settings are those of the run.
+  if (begun > 0) training.load(await loadTraining(checkpoint));
   progress.log(
     begun > 0
       ? `run ${path}: going on after step ${begun} of ${training.settings.steps}`

@@ -34,7 +34,9 @@ export async function runTraining(args: readonly string[], progress = new Progre
     onEvaluation: (step, evaluation) => keepEvaluation(run, step, evaluation, shown),
   });
   shown.steps = run.training.settings.steps;
-  const interrupt = listenForInterrupt(() => progress.log("stopping after this step; Ctrl-C again stops at once"));
+  const interrupt = listenForInterrupt(() =>
+    progress.log("stopping as soon as this step is done; Ctrl-C again stops at once")
+  );
   shown.isInterrupted = () => interrupt.requested;
   try {
     await evaluateBase(run, shown);
@@ -85,8 +87,13 @@ async function evaluateBase(run: OpenRun, shown: RunDisplay): Promise<void> {
   if (warning) shown.log(warning);
 }
 
+/** A name that is the same whether or not the run was resumed, unlike the policy's own. */
+function policyAfter({ task }: OpenRun, step: number): string {
+  return step === 0 ? task.policy : `${task.policy} after step ${step}`;
+}
+
 async function keepEvaluation(run: OpenRun, step: number, evaluation: Evaluation, shown: RunDisplay): Promise<void> {
-  const summary = summaryOf(evaluation);
+  const summary = { ...summaryOf(evaluation), policy: policyAfter(run, step) };
   shown.log(evaluationLine(step === 0 ? "base" : `held-out after step ${step}`, summary));
   await run.folder.writeFile(`evaluations/step-${step}.json`, JSON.stringify({ step, ...summary }, null, 2) + "\n");
 }
@@ -114,41 +121,38 @@ async function compare(run: OpenRun, shown: RunDisplay): Promise<void> {
   let result = await folder.readJson("result.json") as { base: FinalEvaluation; trained: FinalEvaluation } | undefined;
   if (!result) {
     shown.mayStop = true;
-    const trained = await evaluateFinal(run, policy, "trained", shown);
+    const trained = await evaluateFinal(run, policy, steps, shown);
     training.dispose();
     policy.dispose();
     const { minPixels, maxPixels } = task;
     const base = reference ?? await loadPolicy(task.policy, { minPixels, maxPixels });
     try {
-      result = { base: await evaluateFinal(run, base, "base", shown), trained };
+      result = { base: await evaluateFinal(run, base, 0, shown), trained };
     } finally {
       if (base !== reference) base.dispose();
     }
     await folder.writeFile("result.json", JSON.stringify({ steps, ...result }, null, 2) + "\n");
   }
+  shown.clear();
   shown.log(`\n${comparisonTable(result.base, result.trained)}\n`);
   shown.log(
     `95 % intervals in brackets; ${result.base.grounded.items} held-out items of ${result.base.grounded.dataset}`,
   );
 }
 
-async function evaluateFinal(
-  { training, heldOut, template, task }: OpenRun,
-  policy: Policy,
-  label: string,
-  shown: RunDisplay,
-): Promise<FinalEvaluation> {
+async function evaluateFinal(run: OpenRun, policy: Policy, step: number, shown: RunDisplay): Promise<FinalEvaluation> {
+  const { training, heldOut, template, task } = run, label = step === 0 ? "base" : "trained";
   const { turns, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, ...rest } = training.settings;
-  const measure = async (turns: number) =>
-    summaryOf(
-      await evaluate(policy, heldOut!, {
-        ...{ turns, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, template },
-        temperature: rest.evalTemperature,
-        batchSize: rest.evalBatch,
-        items: task.finalItems,
-        onProgress: (done, items) => shown.evaluating(`${label}, ${turns} turn${turns === 1 ? "" : "s"}`, done, items),
-      }),
-    );
+  const measure = async (turns: number) => {
+    const evaluation = await evaluate(policy, heldOut!, {
+      ...{ turns, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, template },
+      temperature: rest.evalTemperature,
+      batchSize: rest.evalBatch,
+      items: task.finalItems,
+      onProgress: (done, items) => shown.evaluating(`${label}, ${turns} turn${turns === 1 ? "" : "s"}`, done, items),
+    });
+    return { ...summaryOf(evaluation), policy: policyAfter(run, step) };
+  };
   return { grounded: await measure(Math.max(2, turns)), oneTurn: await measure(1) };
 }
 
@@ -171,6 +175,10 @@ class RunDisplay {
 
   log(line: string): void {
     this.#progress.log(line);
+  }
+
+  clear(): void {
+    this.#progress.clear();
   }
 
   /** A sample that couldn't be read: the first few by name, then by number. */
