@@ -44,7 +44,7 @@ export interface VisionConfig {
   heads: number;
   /** hiddenSize / heads. */
   headDim: number;
-  /** Colour channels of a picture: 3. */
+  /** Colour channels that a patch has; pictures here have 3. */
   inChannels: number;
   /** Side of a patch in pixels. */
   patchSize: number;

@@ -55,10 +55,10 @@ Deno.test("generation_config.json goes before config.json", async () => {
   const merged = parseGenerationConfig(await readJson("generation_config.json"), "g", base);
   assert.deepEqual(merged.tokens.eos, [492, 490]);
   assert.equal(merged.tokens.pad, 490);
-  const more = { eos_token_id: 7, suppress_tokens: [1, 1, 2], temperature: 0.5, top_p: 0.9 };
+  const more = { eos_token_id: 7, suppress_tokens: [1, 1, 2], temperature: 0.5, top_p: 0.9, max_new_tokens: 14 };
   const { tokens, generation } = parseGenerationConfig(more, "g", base);
   assert.deepEqual(tokens.eos, [7]);
-  assert.deepEqual(generation, { suppressTokens: [1, 2], temperature: 0.5, topP: 0.9 });
+  assert.deepEqual(generation, { suppressTokens: [1, 2], temperature: 0.5, topP: 0.9, maxNewTokens: 14 });
   assert.deepEqual(parseGenerationConfig({}, "g", base), base);
   assert.throws(() => parseGenerationConfig({ eos_token_id: [512] }, "g", base), /g: eos_token_id names 512, outside/);
   assert.throws(() => parseGenerationConfig({ top_p: "x" }, "g", base), /g: top_p must be a positive number, got "x"/);
