@@ -111,10 +111,19 @@ export function settleTraining(policy: Policy, dataset: Dataset, options: TrainO
  * @param dataset What is trained on.
  * @throws {InputError} naming an option that is unknown or impossible; if nothing in the data can be read.
  * @example
- * ```ts ignore
- * for await (const step of train(policy, signs(), { steps: 20, heldOut: signs({ split: "heldout" }) })) {
- *   console.log(step.step, step["reward/mean"], step["grounding/valid_ratio"]);
+ * ```ts
+ * import { signs } from "./data/signs.ts";
+ * import { chooseBackend } from "./gpu/backend.ts";
+ * import { loadPolicy } from "./policy/load.ts";
+ * import { train } from "./train.ts";
+ *
+ * await chooseBackend("wasm");
+ * const policy = await loadPolicy(), heldOut = signs({ split: "heldout" });
+ * const options = { steps: 1, prompts: 2, groupSize: 4, heldOut, evalEvery: 1, evalItems: 4 };
+ * for await (const step of train(policy, signs(), options)) {
+ *   console.log(step.step, step["reward/mean"], step["grounding/valid_ratio"], step["eval/accuracy"]);
  * }
+ * policy.dispose();
  * ```
  */
 export async function* train(

@@ -376,11 +376,12 @@ export function logProbEntropy(
   if (hasFused("MgpoLogSoftmaxGather")) {
     return custom<tf.Tensor2D>([logits], ([logits], save) => {
       const t = toIndex(target);
-      const extra: Record<string, tf.Tensor> = suppress ? { suppress } : {};
-      const [logprob, entropy, lse] = runMany("MgpoLogSoftmaxGather", { logits, target: t, ...extra }, { temperature });
-      save([logits, t, lse, entropy]);
-      const gradFunc = (dy: tf.Tensor, [logits, t, lse, entropy]: tf.Tensor[]) => {
+      const given: Record<string, tf.Tensor> = suppress ? { suppress } : {};
+      const [logprob, entropy, lse] = runMany("MgpoLogSoftmaxGather", { logits, target: t, ...given }, { temperature });
+      save([logits, t, lse, entropy, ...Object.values(given)]);
+      const gradFunc = (dy: tf.Tensor, [logits, t, lse, entropy, saved]: tf.Tensor[]) => {
         const [dlogprob, dentropy] = tf.unstack(dy, 0);
+        const extra: Record<string, tf.Tensor> = saved ? { suppress: saved } : {};
         const inputs = { logits, target: t, lse, entropy, dlogprob, dentropy, ...extra };
         return [run1("MgpoLogSoftmaxGatherGrad", inputs, { temperature })];
       };

@@ -1,0 +1,119 @@
+import assert from "node:assert/strict";
+import { tf } from "../deps.ts";
+import { chooseBackend } from "../gpu/backend.ts";
+import { RandomStream } from "../random.ts";
+import * as ops from "./ops.ts";
+
+await chooseBackend("wasm");
+
+function normal(shape: number[], seed: number): tf.Tensor {
+  const random = new RandomStream(seed, "ops_test"), size = shape.reduce((a, b) => a * b, 1);
+  return tf.tensor(Float32Array.from({ length: size }, () => random.normal()), shape);
+}
+
+/** Value and gradients of Σ weight·f(inputs) with either kind of kernels. */
+function measure(kernels: ops.Kernels, inputs: tf.Tensor[], f: (...x: tf.Tensor[]) => tf.Tensor): Float32Array[] {
+  ops.useKernels(kernels);
+  const { value, grads } = tf.tidy(() => {
+    const value = f(...inputs), weight = normal(value.shape, 99);
+    return { value, grads: tf.grads((...x: tf.Tensor[]) => tf.sum(tf.mul(f(...x), weight)))(inputs) };
+  });
+  const out = [value, ...grads].map((x) => x.dataSync().slice() as Float32Array);
+  tf.dispose([value, grads]);
+  ops.useKernels("fused");
+  return out;
+}
+
+/** Largest difference over the largest value, at least 1. */
+function worst(a: Float32Array, b: Float32Array): number {
+  assert.equal(a.length, b.length);
+  let scale = 1, diff = 0;
+  for (let i = 0; i < a.length; i++) {
+    scale = Math.max(scale, Math.abs(b[i]));
+    diff = Math.max(diff, Math.abs(a[i] - b[i]));
+  }
+  return diff / scale;
+}
+
+/** `[name, input shapes, function]`; sizes are odd and not multiples of any tile. */
+const cases: [string, number[][], (...x: tf.Tensor[]) => tf.Tensor][] = [
+  ["linear", [[13, 7], [5, 7], [5]], (x, w, b) => ops.linear(x as tf.Tensor2D, w as tf.Tensor2D, b as tf.Tensor1D)],
+  ["linear without bias", [[1, 9], [11, 9]], (x, w) => ops.linear(x as tf.Tensor2D, w as tf.Tensor2D)],
+  ["rmsNorm", [[7, 13], [13]], (x, w) => ops.rmsNorm(x as tf.Tensor2D, w as tf.Tensor1D, 1e-6)],
+  ["swiglu", [[5, 11], [5, 11]], (g, u) => ops.swiglu(g as tf.Tensor2D, u as tf.Tensor2D)],
+  ["gelu", [[5, 11]], (x) => ops.gelu(x as tf.Tensor2D)],
+  [
+    "rope",
+    [[7, 3, 8]],
+    (x) =>
+      ops.rope(x as tf.Tensor3D, tf.cos(normal([7, 8], 5)) as tf.Tensor2D, tf.sin(normal([7, 8], 6)) as tf.Tensor2D),
+  ],
+  ["gatherRows, repeated and missing", [[5, 3]], (x) => ops.gatherRows(x as tf.Tensor2D, [4, -1, 0, 4, 4, 2])],
+  ["gatherRows, a permutation", [[5, 3]], (x) => ops.gatherRows(x as tf.Tensor2D, [3, 1, 0, 4, 2])],
+  ...[[7], [4, 4, 4], [1, 9, 3]].flatMap((lengths) =>
+    [true, false].flatMap((causal) =>
+      [[3, 3], [6, 2]].map(([heads, kvHeads]): typeof cases[number] => {
+        const n = lengths.reduce((a, b) => a + b, 0), d = 4;
+        return [
+          `attention, segments ${lengths}, ${causal ? "causal" : "full"}, heads ${heads}/${kvHeads}`,
+          [[n, heads, d], [n, kvHeads, d], [n, kvHeads, d]],
+          (q, k, v) =>
+            ops.attention(q as tf.Tensor3D, k as tf.Tensor3D, v as tf.Tensor3D, ops.segmentsOf(lengths), causal, 0.5),
+        ];
+      })
+    )
+  ),
+  [
+    "logProbEntropy",
+    [[6, 17]],
+    (x) => ops.logProbEntropy(x as tf.Tensor2D, [0, 16, 3, 3, 9, 1], suppress(17, [2, 5]), 0.7),
+  ],
+];
+
+function suppress(vocab: number, ids: number[]): tf.Tensor1D {
+  return tf.tensor1d(Float32Array.from({ length: vocab }, (_, v) => ids.includes(v) ? -1e30 : 0));
+}
+
+for (const [name, shapes, f] of cases) {
+  Deno.test(`fused equals plain, value and gradients within 2e-5: ${name}`, () => {
+    const inputs = shapes.map((shape, i) => normal(shape, i));
+    const plain = measure("plain", inputs, f), fused = measure("fused", inputs, f);
+    plain.forEach((p, i) => assert.ok(worst(fused[i], p) < 2e-5, `output ${i}: ${worst(fused[i], p)}`));
+    tf.dispose(inputs);
+  });
+}
+
+Deno.test("plain attention equals a loop over tokens", () => {
+  const lengths = [3, 5], heads = 2, d = 4, n = 8, scale = 0.6;
+  const [q, k, v] = [0, 1, 2].map((i) => normal([n, heads, d], 20 + i) as tf.Tensor3D);
+  const [qs, ks, vs] = [q, k, v].map((x) => x.dataSync());
+  const expected = new Float32Array(n * heads * d);
+  lengths.forEach((length, s) => {
+    const from = s === 0 ? 0 : lengths[0];
+    for (let i = from; i < from + length; i++) {
+      for (let h = 0; h < heads; h++) {
+        const weight: number[] = [];
+        for (let j = from; j <= i; j++) {
+          let dot = 0;
+          for (let c = 0; c < d; c++) dot += qs[(i * heads + h) * d + c] * ks[(j * heads + h) * d + c];
+          weight.push(Math.exp(dot * scale));
+        }
+        const sum = weight.reduce((a, b) => a + b);
+        weight.forEach((w, j) => {
+          for (let c = 0; c < d; c++) {
+            expected[(i * heads + h) * d + c] += w / sum * vs[((from + j) * heads + h) * d + c];
+          }
+        });
+      }
+    }
+  });
+  ops.useKernels("plain");
+  const out = ops.attention(q, k, v, ops.segmentsOf(lengths), true, scale);
+  ops.useKernels("fused");
+  assert.ok(worst(out.dataSync() as Float32Array, expected) < 2e-6);
+  tf.dispose([q, k, v, out]);
+});
+
+Deno.test("an unknown choice of kernels is refused", () => {
+  assert.throws(() => ops.useKernels("fast" as ops.Kernels), /plain.*fused/);
+});
