@@ -163,7 +163,7 @@ export class Stage {
     const tokens = tf.slice(embeds, [0, 0], [far.length * 16, embeds.shape[1]]) as tf.Tensor2D;
     const words = gatherRows(table, this.#coordinates);
     terms.push(note("far.box", tf.div(boxLoss(this.#boxProbe("visionBox"), tokens, words, far), 4), 2 * boxWeight));
-    return tf.addN(terms) as tf.Scalar;
+    return tf.sum(tf.stack(terms)) as tf.Scalar;
   }
 
   #see(random: RandomStream, note: Note): () => tf.Scalar {
@@ -320,7 +320,7 @@ export class Stage {
         const w = tf.tensor1d(Float32Array.from(kinds, (k) => k === kind ? -1 / count : 0));
         terms.push(note(kind, tf.sum(tf.mul(logp, w)) as tf.Scalar, weight));
       }
-      return tf.addN(terms) as tf.Scalar;
+      return tf.sum(tf.stack(terms)) as tf.Scalar;
     };
   }
 
