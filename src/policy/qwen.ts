@@ -430,14 +430,20 @@ export class QwenPolicy implements Policy {
     const suppressed = new Uint8Array(vocab);
     for (const id of options.suppressTokens ?? this.suppressTokens) suppressed[id] = 1;
     const sampler: SamplerOptions = { temperature, topP, seed, suppressed };
-    const packed = this.pack(sequences);
-    const cache = new KeyValueCache(this.config, packed.lengths, maxNewTokens);
+    // The rollouts of a group have one prompt: it is computed once, its keys and values are handed to each row.
+    const { distinct, which } = distinctSequences(sequences);
+    const packed = this.pack(distinct), { cu } = segmentsOf(packed.lengths);
+    const prompts = which.map((d) => ({ start: cu[d], length: packed.lengths[d] }));
+    const cache = new KeyValueCache(this.config, prompts, maxNewTokens);
     const completions: Completion[] = sequences.map(() => ({ ids: [], logprobs: [], finish: "length" }));
     try {
       let logits = tf.tidy(() => {
         const hidden = this.hidden(packed, false, { keysValues: (_layer, k, v) => cache.fill(k, v) });
-        const ends = segmentsOf(packed.lengths).cu.slice(1).map((end) => end - 1);
-        return head(this.config, this.weights, gatherRows(hidden, ends));
+        return head(
+          this.config,
+          this.weights,
+          gatherRows(hidden, prompts.map(({ start, length }) => start + length - 1)),
+        );
       });
       let running = sequences.map((_, i) => i);
       for (let step = 0; step < maxNewTokens; step++) {
@@ -458,7 +464,7 @@ export class QwenPolicy implements Policy {
         if (running.length === 0 || step + 1 === maxNewTokens) break;
         logits = tf.tidy(() => {
           const last = running.map((row) => completions[row].ids[step]);
-          const at = Int32Array.from(running, (row) => packed.index[row].next + step);
+          const at = Int32Array.from(running, (row) => packed.index[which[row]].next + step);
           const x = embed(this.weights, last, [], null);
           return head(
             this.config,
@@ -501,6 +507,18 @@ export class QwenPolicy implements Policy {
     this.#suppressBias.clear();
     for (const variable of this.parameters.values()) variable.dispose();
   }
+}
+
+/** Leaves out sequences that were there before; `which[i]` is the place of sequence i among the distinct ones. */
+function distinctSequences(sequences: readonly Sequence[]): { distinct: Sequence[]; which: number[] } {
+  const places = new Map<string, number>(), distinct: Sequence[] = [];
+  const which = sequences.map((sequence) => {
+    const name = `${sequence.ids.join()}|${sequence.images.map(({ key }) => key).join()}`;
+    let place = places.get(name);
+    if (place === undefined) places.set(name, place = distinct.push(sequence) - 1);
+    return place;
+  });
+  return { distinct, which };
 }
 
 /** A copy of a float tensor's values. */

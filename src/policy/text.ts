@@ -109,6 +109,13 @@ export function head(config: QwenConfig, weights: Weights, x: tf.Tensor2D, inspe
   return linear(normed, w);
 }
 
+/** A prompt among packed tokens. */
+export interface Prompt {
+  /** Its first token. */
+  readonly start: number;
+  readonly length: number;
+}
+
 /** Masked scores get this; far below any score, far above −∞ (no NaN from a row that is masked whole). */
 const MASKED = -1e9;
 
@@ -126,14 +133,17 @@ export class KeyValueCache {
   readonly #fused: boolean;
   readonly #capacity: number;
 
+  readonly #prompts: readonly Prompt[];
+
   /**
-   * @param lengths Prompt length of each row.
-   * @param capacity The most tokens, prompt included, that a row will hold.
+   * @param prompts Where each row's prompt lies among the packed tokens; rows may share one.
+   * @param maxNewTokens The most tokens that a row will add.
    */
-  constructor(readonly config: QwenConfig, lengths: readonly number[], maxNewTokens: number) {
-    this.#lengths = lengths.slice();
-    this.#rows = lengths.map((_, i) => i);
-    this.#prefix = Math.max(...lengths);
+  constructor(readonly config: QwenConfig, prompts: readonly Prompt[], maxNewTokens: number) {
+    this.#prompts = prompts;
+    this.#lengths = prompts.map(({ length }) => length);
+    this.#rows = prompts.map((_, i) => i);
+    this.#prefix = Math.max(...this.#lengths);
     this.#capacity = this.#prefix + maxNewTokens;
     this.#fused = hasFused("MgpoDecodeAttention");
   }
@@ -142,9 +152,9 @@ export class KeyValueCache {
   fill(k: tf.Tensor3D, v: tf.Tensor3D): void {
     const { kvHeads, headDim } = this.config.text, count = this.#lengths.length;
     const width = this.#fused ? this.#capacity : this.#prefix, index = new Int32Array(count * width).fill(-1);
-    for (let r = 0, t = 0; r < count; r++) {
-      for (let i = 0; i < this.#lengths[r]; i++, t++) index[r * width + i] = t;
-    }
+    this.#prompts.forEach(({ start, length }, r) => {
+      for (let i = 0; i < length; i++) index[r * width + i] = start + i;
+    });
     const place = (x: tf.Tensor3D) =>
       tf.keep(tf.tidy(() => {
         const flat = tf.reshape(x, [x.shape[0], kvHeads * headDim]) as tf.Tensor2D;

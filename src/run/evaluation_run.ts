@@ -30,7 +30,7 @@ export async function runEvaluation(args: readonly string[], progress = new Prog
   const options = resolveOptions(evaluateTable, { ...settings });
   if (task.json !== undefined) await refuseUnwritable(task.json);
   const template = await readTemplate(task.template);
-  const { backend } = await openBackend(task.backend, progress);
+  const { backend } = await openBackend(task, progress);
   const [dataset] = await openSplits(task, [task.split], progress);
   const policy = await loadPolicy(task.policy, { minPixels: task.minPixels, maxPixels: task.maxPixels });
   progress.log(`${task.policy} on ${dataset.name}, ${options.turns} turn${options.turns === 1 ? "" : "s"}`);

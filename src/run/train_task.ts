@@ -7,6 +7,7 @@ import { datasetProblems, openDataset } from "../data/catalogue.ts";
 import type { Dataset } from "../data/dataset.ts";
 import { type BackendChoice, chooseBackend, describeBackend } from "../gpu/backend.ts";
 import { loadPolicy } from "../policy/load.ts";
+import { useKernels } from "../policy/ops.ts";
 import { binaryReward, formatReward, hitReward, iouReward, type RewardPart, validBoxReward } from "../reward.ts";
 import { type PromptTemplate, resolveTemplate } from "../rollout.ts";
 import { evaluateTable, splitByTable, type TrainOptions, trainTable } from "../settings.ts";
@@ -44,6 +45,12 @@ export const sourceTable = optionTable({
     choices: ["auto", "webgpu", "wasm"],
     default: "auto",
     help: "What computes; auto takes a real GPU if there is one.",
+  },
+  kernels: {
+    kind: "choice",
+    choices: ["fused", "plain"],
+    default: "fused",
+    help: "fused: own kernels where the backend has them; plain: tfjs operations only.",
   },
   minPixels: { kind: "integer", min: 1, defaultText: "the policy's own", help: "Least pixels of a resized picture." },
   maxPixels: { kind: "integer", min: 1, defaultText: "the policy's own", help: "Most pixels of a resized picture." },
@@ -171,8 +178,12 @@ export async function readTemplate(path: string | undefined): Promise<Partial<Pr
 }
 
 /** Starts the backend and says which and why. */
-export async function openBackend(name: string, progress: Progress): Promise<BackendChoice> {
-  const choice = await chooseBackend(name, { onLost: (message) => progress.log(`error: ${message}`) });
+export async function openBackend(
+  { backend, kernels }: Pick<SourceOptions, "backend" | "kernels">,
+  progress: Progress,
+): Promise<BackendChoice> {
+  useKernels(kernels);
+  const choice = await chooseBackend(backend, { onLost: (message) => progress.log(`error: ${message}`) });
   progress.log(describeBackend(choice));
   if (choice.notice) progress.log(`note: ${choice.notice}`);
   return choice;
@@ -222,7 +233,7 @@ export async function openRun(
   const path = task.run ?? await defaultRunPath(`runs/${method}-${nameOf(task.data)}-s${seed}`, task.resume);
   // Said before minutes of loading; RunFolder.create checks again.
   if (!task.resume) await refuseTaken(path);
-  const backend = await openBackend(task.backend, progress);
+  const backend = await openBackend(task, progress);
   const isEvaluated = evalEvery > 0 || task.finalItems > 0;
   const splits = isEvaluated ? ["train", "heldout"] as const : ["train"] as const;
   const [dataset, heldOut] = await openSplits(task, splits, progress);
