@@ -18,12 +18,20 @@ export interface Row {
   n: number;
 }
 
+/** What the command line settles for all benchmarks. */
+export interface BenchmarkSettings {
+  /** The Python that peers run in; a name on PATH or a path. */
+  python: string;
+}
+
 /** A file under `benchmarks/`. */
 export interface Benchmark {
   /** The names of its rows, or their common beginning; a user asks for it by any part of them. */
   readonly names: readonly string[];
+  /** The backends that it runs on. @default {those that its names contain} */
+  readonly backends?: readonly string[];
   /** Takes the figures. @param backend The backend that is running */
-  run(backend: string, log: (line: string) => void): Promise<Row[]>;
+  run(backend: string, log: (line: string) => void, settings: BenchmarkSettings): Promise<Row[]>;
 }
 
 /** The middle of an odd number of values, the mean of the two middle ones of an even number. */

@@ -5,6 +5,7 @@
  */
 import type { Benchmark, Row } from "../benchmarks/benchmark.ts";
 import { decode } from "../benchmarks/decode.ts";
+import { step } from "../benchmarks/step.ts";
 import { update } from "../benchmarks/update.ts";
 import { chooseBackend, describeBackend } from "../src/gpu/backend.ts";
 import { InputError } from "../src/run/errors.ts";
@@ -13,7 +14,7 @@ import { formatTable } from "../src/run/progress.ts";
 import { writeAtomically } from "../src/run/run_folder.ts";
 import { runTask } from "../src/run/tasks.ts";
 
-const benchmarks: readonly Benchmark[] = [decode, update];
+const benchmarks: readonly Benchmark[] = [decode, update, step];
 
 const table = optionTable({
   json: { kind: "string", value: "FILE", defaultText: "none", help: "write machine, adapter and rows there" },
@@ -23,8 +24,20 @@ const table = optionTable({
     default: "all",
     help: "which backends to measure; all leaves out webgpu where there is no adapter",
   },
+  python: {
+    kind: "string",
+    value: "PATH",
+    default: "python3",
+    help: "the Python with torch and transformers, for step/transformers; left out where there is none",
+  },
   help: { kind: "boolean", default: false, help: "show this help" },
 });
+
+/** The names that a benchmark has rows for on a backend. */
+function namesOn({ names, backends }: Benchmark, backend: string): readonly string[] {
+  if (backends) return backends.includes(backend) ? names : [];
+  return names.filter((name) => name.includes(backend));
+}
 
 function machine(): Record<string, unknown> {
   return { os: Deno.build.os, arch: Deno.build.arch, cores: navigator.hardwareConcurrency, deno: Deno.version.deno };
@@ -52,7 +65,7 @@ await runTask(async (args) => {
   let adapter: unknown = null;
   for (const backend of o.backend === "all" ? ["wasm", "webgpu"] : [o.backend]) {
     const wanted = benchmarks.filter((b) =>
-      b.names.some((n) => n.includes(backend) && (names.length === 0 || names.some((name) => n.includes(name))))
+      namesOn(b, backend).some((n) => names.length === 0 || names.some((name) => n.includes(name)))
     );
     if (wanted.length === 0) continue;
     try {
@@ -65,8 +78,8 @@ await runTask(async (args) => {
       continue;
     }
     for (const benchmark of wanted) {
-      console.log(`running ${benchmark.names.filter((n) => n.includes(backend)).join(", ")}…`);
-      rows.push(...await benchmark.run(backend, console.log));
+      console.log(`running ${namesOn(benchmark, backend).join(", ")}…`);
+      rows.push(...await benchmark.run(backend, console.log, { python: o.python }));
     }
   }
   console.log(formatTable([

@@ -4,6 +4,7 @@
  * @module
  */
 import { chooseBackend, describeBackend } from "../src/gpu/backend.ts";
+import { loadPolicy } from "../src/policy/load.ts";
 import { useKernels } from "../src/policy/ops.ts";
 import { initialPolicy, pretrain, type PretrainRecord, savedSeconds } from "../src/pretrain/pretrain.ts";
 import { measure, modelCard, publish } from "../src/pretrain/publish.ts";
@@ -24,11 +25,21 @@ const table = optionTable({
   },
   resume: { kind: "boolean", default: false, help: "go on from the last saved state" },
   seed: { kind: "integer", min: 0, default: pretrainDefaults.seed, help: "seed of weights and data" },
+  base: {
+    kind: "string",
+    value: "DIR",
+    defaultText: "random weights",
+    help: "checkpoint of an earlier stage to start from; leave that stage out with e.g. --see 0",
+  },
   see: { kind: "integer", min: 0, default: pretrainDefaults.steps.see, help: "steps of the stage see" },
   use: { kind: "integer", min: 0, default: pretrainDefaults.steps.use, help: "steps of the stage use" },
   habit: { kind: "integer", min: 0, default: pretrainDefaults.steps.habit, help: "steps of the stage habit" },
   scenes: { kind: "integer", min: 100, default: pretrainDefaults.scenes, help: "scenes that pictures are made of" },
-  freezeTower: { kind: "boolean", default: false, help: "rest the vision tower in the stage use" },
+  freezeTower: {
+    kind: "boolean",
+    default: pretrainDefaults.freezeTower,
+    help: "rest the vision tower in the stage use",
+  },
   out: {
     kind: "string",
     value: "DIR",
@@ -64,7 +75,7 @@ await runTask(async (args) => {
   const progress = new Progress();
   progress.log(describeBackend(await chooseBackend(o.backend)));
   useKernels(o.kernels);
-  const policy = await initialPolicy(o.seed);
+  const policy = o.base === undefined ? await initialPolicy(o.seed) : await loadPolicy(o.base);
   const options = {
     seed: o.seed,
     steps: { see: o.see, use: o.use, habit: o.habit },

@@ -19,8 +19,8 @@ export interface Lesson {
   sequence: Sequence;
   /** Positions of supervised tokens (they are predicted from the position before). */
   targets: { at: number; kind: TokenKind }[];
-  /** Grounding replies: where the label stands, where coordinates are predicted from, and which sign is meant. */
-  grounded: { sign: number; label: number; corners: [number, number, number, number] }[];
+  /** Replies about a sign: where its colour is said, from where coordinates or the letter are predicted, which sign it is. */
+  looks: { sign: number; label: number; from: number[] }[];
   /** Position of the first image token of each image. */
   imageStart: number[];
 }
@@ -58,7 +58,7 @@ export class Composer {
 
   #start(ids: readonly number[], images: readonly ImageInput[]): { lesson: Lesson; ids: number[] } {
     const all = [...ids];
-    return { lesson: { sequence: { ids: all, images }, targets: [], grounded: [], imageStart: [] }, ids: all };
+    return { lesson: { sequence: { ids: all, images }, targets: [], looks: [], imageStart: [] }, ids: all };
   }
 
   #say(lesson: Lesson, ids: number[], text: string, kind: TokenKind): number {
@@ -82,7 +82,7 @@ export class Composer {
   #ground(lesson: Lesson, ids: number[], scene: Scene, sign: number, box: readonly number[]): void {
     const pixels = box.map((v) => v * gridStep) as [number, number, number, number];
     const from = this.#say(lesson, ids, groundingReply(scene.signs[sign].colour, pixels), "ground");
-    lesson.grounded.push({ sign, label: from + 1, corners: [from + 2, from + 4, from + 6, from + 8] });
+    lesson.looks.push({ sign, label: from + 1, from: [from + 2, from + 4, from + 6, from + 8] });
   }
 
   /** Several grounding questions about one far view in one conversation. */
@@ -111,7 +111,8 @@ export class Composer {
 
   #answer(lesson: Lesson, ids: number[], scene: Scene, sign: number, boxed: boolean): void {
     const { colour, letter } = scene.signs[sign];
-    this.#say(lesson, ids, boxed ? answerReply(colour, letter) : unboxedReply(colour, letter), "answer");
+    const from = this.#say(lesson, ids, boxed ? answerReply(colour, letter) : unboxedReply(colour, letter), "answer");
+    lesson.looks.push({ sign, label: from, from: [from + 1] });
   }
 
   #choices(choices: readonly string[]): string {

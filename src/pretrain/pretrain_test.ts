@@ -69,7 +69,7 @@ Deno.test("taught boxes are valid and their crops show the sign; missing boxes d
 
 Deno.test("an interrupted pretraining run resumes to the same losses and weights, and keeps no tensors", async () => {
   const folder = await Deno.makeTempDir();
-  const options = { ...pretrainDefaults, steps: { see: 1, use: 1, habit: 1 }, scenes: 100 };
+  const options = { ...pretrainDefaults, steps: { see: 1, use: 1, habit: 1 }, scenes: 100, freezeTower: false };
   const run = async (path: string, stopAfter: number, resume: boolean) => {
     const policy = await initialPolicy(3), records: PretrainRecord[] = [];
     for await (const record of pretrain(policy, path, options, { saveEvery: 1, resume })) {

@@ -216,16 +216,19 @@ export function placeLoss(
 }
 
 /**
- * −log attention mass of one head on the image token that should be looked at, for sequences of equal length and structure.
+ * −log attention mass of one head on the image token that should be looked at, for neighbouring sequences of equal length and
+ * structure.
  *
- * @param q `[N, H, d]` rotated queries of the packed sequences, which come first
+ * @param q `[N, H, d]` rotated queries of the packed sequences
  * @param k `[N, Hkv, d]`
+ * @param start First packed token of the first of them
  * @param rows Position of each look within its sequence, R of them, the same for all sequences
  * @param targets `[S][R]` position that should be attended to
  */
 export function guideLoss(
   q: tf.Tensor3D,
   k: tf.Tensor3D,
+  start: number,
   sequences: number,
   length: number,
   rows: readonly number[],
@@ -233,7 +236,7 @@ export function guideLoss(
 ): tf.Scalar {
   const d = q.shape[2], count = rows.length;
   const headOf = (x: tf.Tensor3D) =>
-    tf.reshape(tf.slice(x, [0, 0, 0], [sequences * length, 1, d]), [sequences, length, d]);
+    tf.reshape(tf.slice(x, [start, 0, 0], [sequences * length, 1, d]), [sequences, length, d]);
   const keys = headOf(k), pick = new Float32Array(count * length), late = new Float32Array(count * length);
   rows.forEach((row, r) => {
     pick[r * length + row] = 1;

@@ -19,20 +19,20 @@ import { alignmentLoss, boxLoss, cellOf, guideLoss, patchLosses, placeLoss } fro
 export interface PretrainOptions {
   /** Seed of everything. @default {0} */
   seed: number;
-  /** Steps of each stage. @default {600, 500, 100} */
+  /** Steps of each stage. @default {600, 1000, 100} */
   steps: { see: number; use: number; habit: number };
   /** Scenes that pictures are made of. @default {8000} */
   scenes: number;
-  /** Whether the tower rests in `use`. @default {false} */
+  /** Whether the tower rests in `use`. @default {true} */
   freezeTower: boolean;
 }
 
 /** The recipe of the shipped checkpoint. */
 export const pretrainDefaults: PretrainOptions = {
   seed: 0,
-  steps: { see: 600, use: 500, habit: 100 },
+  steps: { see: 600, use: 1000, habit: 100 },
   scenes: 8000,
-  freezeTower: false,
+  freezeTower: true,
 };
 
 /** The stages in order. */
@@ -42,6 +42,9 @@ export type StageName = typeof stageNames[number];
 
 /** What a step gives: named losses. */
 export type Losses = Record<string, number>;
+
+/** Grounding lessons of a step of `use` (four questions each), and one-turn lessons. */
+const GROUNDING = 48, ONE_TURN = 24;
 
 const isTower = (name: string) => name.startsWith("visual.");
 
@@ -178,13 +181,20 @@ export class Stage {
     };
   }
 
-  /** Lessons of `use`: grounding first (all of one structure), then reading crops, then one-turn questions. */
+  /** Lessons of `use`: grounding, then one-turn questions (each of one structure, far views in order), then reading crops. */
   #useLessons(random: RandomStream): { lessons: Lesson[]; far: View[]; others: View[] } {
     const far: View[] = [], others: View[] = [], lessons: Lesson[] = [];
-    for (let i = 0; i < 48; i++) {
+    for (let i = 0; i < GROUNDING; i++) {
       const { index, view } = this.#far(random), scene = this.#pool.scene(index);
       const signs = random.shuffle(scene.signs.map((_, s) => s)).slice(0, 4);
       lessons.push(this.#composer.grounding(view, scene, signs, signs.map((s) => drawBox(scene, s, "exact", random))));
+      far.push(view);
+    }
+    for (let i = 0; i < ONE_TURN; i++) {
+      const { index, view } = this.#far(random),
+        scene = this.#pool.scene(index),
+        sign = oneTurnSign(scene.signs, random);
+      lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random)));
       far.push(view);
     }
     for (let i = 0; i < 40; i++) {
@@ -199,13 +209,6 @@ export class Stage {
         lessons.push(this.#composer.twoTurn(whole, scene, sign, choices, { box, crop: view.input }));
       }
       others.push(view);
-    }
-    for (let i = 0; i < 16; i++) {
-      const { index, view } = this.#far(random),
-        scene = this.#pool.scene(index),
-        sign = oneTurnSign(scene.signs, random);
-      lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random)));
-      far.push(view);
     }
     return { lessons, far, others };
   }
@@ -271,23 +274,25 @@ export class Stage {
         );
         given = embeds;
       }
-      const looks = use ? lookTargets(lessons.slice(0, 48), far) : null;
+      const looks = use
+        ? [[0, GROUNDING], [GROUNDING, GROUNDING + ONE_TURN]].map(([a, b]) => ({
+          start: starts[a],
+          ...lookTargets(lessons.slice(a, b), far.slice(a, b)),
+        }))
+        : [];
       const hooks = use
         ? {
           queriesKeys: (layer: number, q: tf.Tensor3D, k: tf.Tensor3D) => {
-            if (layer === 1) {
-              terms.push(
-                note("guide.label", guideLoss(q, k, 48, looks!.length, looks!.labels, looks!.labelTargets), 0.5),
-              );
-            } else if (layer === 2) {
-              terms.push(
-                note("guide.box", guideLoss(q, k, 48, looks!.length, looks!.corners, looks!.cornerTargets), 0.5),
-              );
+            if (layer !== 1 && layer !== 2) return;
+            for (const [i, { start, count, length, labels, sources }] of looks.entries()) {
+              const { rows, targets } = layer === 1 ? labels : sources;
+              const name = `guide.${i === 0 ? "ground" : "answer"}.${layer === 1 ? "label" : "source"}`;
+              terms.push(note(name, guideLoss(q, k, start, count, length, rows, targets), i === 0 ? 1 : 0.5));
             }
           },
           blockInput: (layer: number, x: tf.Tensor2D) => {
             if (layer !== 2) return;
-            const rows = lessons.slice(0, 48).flatMap((l, s) =>
+            const rows = lessons.slice(0, GROUNDING).flatMap((l, s) =>
               Array.from({ length: 16 }, (_, i) => starts[s] + l.imageStart[0] + i)
             );
             const tokens = gatherRows(x, rows);
@@ -296,7 +301,11 @@ export class Stage {
               this.#coordinates,
             );
             terms.push(
-              note("text.box", tf.div(boxLoss(this.#boxProbe("textBox"), tokens, words, far.slice(0, 48)), 4), 1),
+              note(
+                "text.box",
+                tf.div(boxLoss(this.#boxProbe("textBox"), tokens, words, far.slice(0, GROUNDING)), 4),
+                1,
+              ),
               note("text.place", placeLoss(this.#boxProbe("place"), tokens), 0.2),
             );
           },
@@ -351,13 +360,18 @@ function distinct(views: readonly View[]): { far: View[]; crops: View[] } {
 
 /** Where the guided heads look from and should look to, in lessons of one structure. */
 function lookTargets(lessons: readonly Lesson[], far: readonly View[]) {
-  const { grounded, sequence } = lessons[0];
   const target = (lesson: Lesson, s: number, sign: number) => lesson.imageStart[0] + cellOf(far[s].signs[sign].centre);
+  const { looks, sequence } = lessons[0];
   return {
+    count: lessons.length,
     length: sequence.ids.length,
-    labels: grounded.map((g) => g.label),
-    labelTargets: lessons.map((l, s) => l.grounded.map((g) => target(l, s, g.sign))),
-    corners: grounded.flatMap((g) => g.corners),
-    cornerTargets: lessons.map((l, s) => l.grounded.flatMap((g) => g.corners.map(() => target(l, s, g.sign)))),
+    labels: {
+      rows: looks.map(({ label }) => label),
+      targets: lessons.map((l, s) => l.looks.map(({ sign }) => target(l, s, sign))),
+    },
+    sources: {
+      rows: looks.flatMap(({ from }) => from),
+      targets: lessons.map((l, s) => l.looks.flatMap(({ sign, from }) => from.map(() => target(l, s, sign)))),
+    },
   };
 }

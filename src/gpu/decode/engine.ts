@@ -1,0 +1,384 @@
+/**
+ * Generation on WebGPU: a decode step is a short list of fused dispatches, recorded once for a batch's shape and encoded again
+ * for each token; drawing happens on the device and the host reads ids and log-probs every few tokens only.
+ *
+ * @module
+ */
+import type { tf } from "../../deps.ts";
+import { hashName } from "../../random.ts";
+import type { QwenConfig } from "../../policy/config.ts";
+import { textRopeTable } from "../../policy/rope_index.ts";
+import type { Weights } from "../../policy/vision.ts";
+import { DeviceMemory, flushTensors, guarded, Pipelines, tensorBuffer, webgpuBackend } from "./memory.ts";
+import { DecodePlan, encodeStep, type Launch, type PlanParts, type PromptBuffers } from "./plan.ts";
+import { WeightBuffers } from "./weights.ts";
+import { NOT_FINITE, ROW_WORDS, STEP_STRIDE } from "./wgsl.ts";
+
+/** What {@linkcode DecodeEngine.generate} needs. Tensors stay the caller's, and must live until the promise settles. */
+export interface DecodeInput {
+  /** Per layer the rotated keys of the prompts, packed `[N, Hkv, d]`. Read where they are. */
+  k: readonly tf.Tensor3D[];
+  /** Per layer the values of the prompts, packed `[N, Hkv, d]`. */
+  v: readonly tf.Tensor3D[];
+  /** Prompt length of each row; they sum to N unless `starts` is given. */
+  lengths: readonly number[];
+  /** First packed token of each row: rows with the same prompt may share it. @default {one row after the other} */
+  starts?: readonly number[];
+  /** Rotary position of each row's first generated token. */
+  nextPosition: readonly number[];
+  /** Logits of each prompt's last token, `[B, V]`. */
+  firstLogits: tf.Tensor2D;
+  /** Names each row's draws: three counters (each < 2³²; the third < 2¹²). */
+  keys: readonly (readonly [number, number, number])[];
+  seed: number;
+  /** 0 is greedy. */
+  temperature: number;
+  /** Vocabulary-sized; 1 at ids that are never drawn. */
+  suppressed: Uint8Array;
+  /** Ids that end a row. */
+  stop: ReadonlySet<number>;
+  maxNewTokens: number;
+  /** Tokens between two looks at what was drawn. A look costs some 10 ms; until then finished rows go on. @default {16} */
+  checkEvery?: number;
+  /** Called for each token with the number of tokens done and rows still running, in order, at the looks. */
+  onToken?: (tokens: number, running: number) => void;
+}
+
+/** What was drawn, a list a row. */
+export interface DecodeOutput {
+  /** The drawn ids, the stop token included. */
+  ids: number[][];
+  /** ln p of each, over ids that are not suppressed, at the temperature (1 for greedy). */
+  logprobs: number[][];
+  finish: ("stop" | "length")[];
+}
+
+/** Options of {@linkcode DecodeEngine}. */
+export interface DecodeEngineOptions {
+  /** Whether kernels are laid out for a processor. @default {whether the adapter is a software one} */
+  software?: boolean;
+}
+
+const PURPOSE = hashName("sample");
+/** Plans that are kept; the one unused for longest goes first. */
+const MAX_PLANS = 3;
+/** Dispatches a submission: enough to make it cheap, few enough that the device starts early. */
+const SUBMIT_DISPATCHES = 512;
+
+const powerOfTwo = (n: number, least: number): number => Math.max(least, 2 ** Math.ceil(Math.log2(n)));
+
+/** The generation engine of one policy. Calls of {@linkcode generate} wait for each other. */
+export class DecodeEngine {
+  readonly #config: QwenConfig;
+  readonly #device: GPUDevice;
+  readonly #memory: DeviceMemory;
+  readonly #parts: PlanParts;
+  readonly #plans = new Map<string, DecodePlan>();
+  #turns: { positions: number; buffer: GPUBuffer } | undefined;
+  #queue: Promise<unknown> = Promise.resolve();
+  #disposed = false;
+
+  /** Why the engine cannot run a model of these sizes on the current backend, or undefined where it can. */
+  static unsupported({ text }: QwenConfig): string | undefined {
+    const backend = webgpuBackend();
+    if (!backend) return "the backend is not WebGPU";
+    const { limits } = backend.device, { hiddenSize, heads, headDim, intermediateSize } = text;
+    if (limits.maxStorageBuffersPerShaderStage < 8) return "the adapter binds fewer than 8 storage buffers";
+    if (limits.maxComputeInvocationsPerWorkgroup < 256) return "the adapter runs fewer than 256 threads a workgroup";
+    const largest = 4 * hiddenSize * Math.max(intermediateSize, heads * headDim);
+    if (largest > limits.maxStorageBufferBindingSize) {
+      return `a weight matrix takes ${largest} bytes, but the adapter binds ${limits.maxStorageBufferBindingSize} at most`;
+    }
+    const shared = 4 * (2 * headDim + 3 * 128 + 4 * Math.max(128, headDim));
+    if (shared > limits.maxComputeWorkgroupStorageSize) return `heads of ${headDim} are too wide for the adapter`;
+    return undefined;
+  }
+
+  /** Whether the engine can run a model of these sizes on the current backend, see {@linkcode unsupported}. */
+  static supports(config: QwenConfig): boolean {
+    return DecodeEngine.unsupported(config) === undefined;
+  }
+
+  /**
+   * @param weights Looks tensors up by published name; followed from call to call, so variables may be assigned in between.
+   * @throws {RangeError} See {@linkcode unsupported}.
+   */
+  constructor(config: QwenConfig, weights: Weights, options: DecodeEngineOptions = {}) {
+    const why = DecodeEngine.unsupported(config), backend = webgpuBackend();
+    if (why !== undefined || !backend) throw new RangeError(`the generation engine cannot be used: ${why}`);
+    this.#config = config;
+    this.#device = backend.device;
+    this.#memory = new DeviceMemory(this.#device);
+    const words = Math.ceil(config.text.vocabSize / 32);
+    this.#parts = {
+      config,
+      memory: this.#memory,
+      pipelines: new Pipelines(this.#device),
+      weights: new WeightBuffers(config, weights, this.#memory),
+      suppressed: this.#memory.create("suppressed ids", words * 4, GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_DST),
+      software: options.software ?? this.#device.adapterInfo?.isFallbackAdapter ?? false,
+    };
+  }
+
+  /** Bytes of device memory that the engine holds, weights and prompts not counted. */
+  get bytes(): number {
+    return this.#memory.bytes;
+  }
+
+  /** Buffers that the engine holds. */
+  get buffers(): number {
+    return this.#memory.buffers;
+  }
+
+  /**
+   * Draws up to `maxNewTokens` tokens for each row: the first from `firstLogits`, the others by the recorded step.
+   *
+   * @throws {RangeError} An input does not fit the others or the device's memory, or logits are not finite.
+   */
+  generate(input: DecodeInput): Promise<DecodeOutput> {
+    const turn = this.#queue.then(() => this.#generate(input));
+    this.#queue = turn.catch(() => {});
+    return turn;
+  }
+
+  #plan(slots: number, capacity: number): DecodePlan {
+    const key = `${slots} ${capacity}`;
+    let plan = this.#plans.get(key);
+    this.#plans.delete(key);
+    if (!plan) {
+      for (const [old, unused] of this.#plans) {
+        if (this.#plans.size < MAX_PLANS) break;
+        unused.dispose();
+        this.#plans.delete(old);
+      }
+      plan = new DecodePlan(this.#parts, slots, capacity);
+    }
+    this.#plans.set(key, plan);
+    return plan;
+  }
+
+  /** Cosines and sines of all positions below `positions`; all three axes of a generated token stand at the same one. */
+  #rotations(positions: number): GPUBuffer {
+    if (this.#turns && this.#turns.positions >= positions) return this.#turns.buffer;
+    if (this.#turns) this.#memory.release(this.#turns.buffer);
+    const { headDim, ropeTheta, mropeSection } = this.#config.text,
+      half = headDim / 2,
+      count = powerOfTwo(positions, 256);
+    const at = Int32Array.from({ length: count }, (_, i) => i);
+    const { cos, sin } = textRopeTable([at, at, at], headDim, ropeTheta, mropeSection);
+    const table = new Float32Array(count * headDim);
+    for (let p = 0; p < count; p++) {
+      table.set(cos.subarray(p * headDim, p * headDim + half), p * headDim);
+      table.set(sin.subarray(p * headDim, p * headDim + half), p * headDim + half);
+    }
+    const buffer = this.#memory.create(
+      "rotary table",
+      table.byteLength,
+      GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_DST,
+    );
+    this.#device.queue.writeBuffer(buffer, 0, table);
+    this.#turns = { positions: count, buffer };
+    return buffer;
+  }
+
+  async #generate(input: DecodeInput): Promise<DecodeOutput> {
+    const backend = webgpuBackend();
+    if (this.#disposed) throw new RangeError("the generation engine was disposed of");
+    if (backend?.device !== this.#device) {
+      throw new RangeError("the backend has another device than the engine was made on");
+    }
+    this.#check(input);
+    const count = input.lengths.length, slots = powerOfTwo(count, 1), capacity = powerOfTwo(input.maxNewTokens, 32);
+    flushTensors(backend);
+    const { plan, prompt, first } = await guarded(this.#device, "generation", () => {
+      const encoder = this.#device.createCommandEncoder();
+      this.#parts.weights.refresh(backend, encoder);
+      // Norms that lived on the host were uploaded just now, through the backend's own encoder.
+      flushTensors(backend);
+      this.#device.queue.submit([encoder.finish()]);
+      const plan = this.#plan(slots, capacity);
+      plan.releasePrompts();
+      const prompt: PromptBuffers = {
+        k: input.k.map((x) => tensorBuffer(backend, x)),
+        v: input.v.map((x) => tensorBuffer(backend, x)),
+        turns: this.#rotations(Math.max(...input.nextPosition) + input.maxNewTokens),
+      };
+      const logits = tensorBuffer(backend, input.firstLogits);
+      flushTensors(backend);
+      this.#writeInputs(plan, input);
+      return { plan, prompt, first: plan.first(count, logits, input.temperature === 0) };
+    });
+    try {
+      return await this.#run(plan, prompt, first, input);
+    } finally {
+      plan.releasePrompts();
+    }
+  }
+
+  #check(
+    { k, v, lengths, starts, nextPosition, firstLogits, keys, suppressed, maxNewTokens, temperature, ...rest }:
+      DecodeInput,
+  ) {
+    const { layers, kvHeads, headDim, vocabSize } = this.#config.text, count = lengths.length;
+    const fail = (what: string) => {
+      throw new RangeError(`generation: ${what}`);
+    };
+    if (count === 0) fail("there are no rows");
+    if (k.length !== layers || v.length !== layers) {
+      fail(`keys and values of ${layers} layers are needed, got ${k.length}, ${v.length}`);
+    }
+    if (nextPosition.length !== count || keys.length !== count || (starts && starts.length !== count)) {
+      fail(
+        `lengths, starts, positions and keys must be as many, got ${count}, ${starts?.length}, ${nextPosition.length}, ${keys.length}`,
+      );
+    }
+    if (firstLogits.shape[0] !== count || firstLogits.shape[1] !== vocabSize) {
+      fail(`the first logits must be [${count}, ${vocabSize}], got [${firstLogits.shape}]`);
+    }
+    const tokens = k[0].shape[0], wanted = `[${tokens}, ${kvHeads}, ${headDim}]`;
+    for (const x of [...k, ...v]) {
+      if (`[${x.shape.join(", ")}]` !== wanted) fail(`keys and values must be ${wanted}, got [${x.shape}]`);
+    }
+    let end = 0;
+    lengths.forEach((n, i) => {
+      end = (starts?.[i] ?? end) + n;
+      if (!(n >= 1) || end > tokens) fail(`row ${i} has ${n} tokens that end at ${end} of ${tokens}`);
+    });
+    if (suppressed.length !== vocabSize) {
+      fail(`the suppressed ids must be ${vocabSize} flags, got ${suppressed.length}`);
+    }
+    if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
+      fail(`maxNewTokens must be a positive integer, got ${maxNewTokens}`);
+    }
+    if (!(temperature >= 0)) fail(`the temperature must be ≥ 0, got ${temperature}`);
+    if (rest.checkEvery !== undefined && !(rest.checkEvery >= 1)) {
+      fail(`checkEvery must be ≥ 1, got ${rest.checkEvery}`);
+    }
+    const limit = this.#device.limits.maxStorageBufferBindingSize;
+    for (const [name, x] of [["first logits", firstLogits], ["keys of the prompts", k[0]]] as const) {
+      if (x.size * 4 > limit) {
+        fail(`the ${name} take ${x.size * 4} bytes, but the adapter binds ${limit}; generate fewer rows at a time`);
+      }
+    }
+  }
+
+  /** Writes row descriptions, step records and suppressed ids. */
+  #writeInputs(plan: DecodePlan, input: DecodeInput): void {
+    const { queue } = this.#device, { seed, temperature, suppressed, maxNewTokens } = input;
+    this.#writeRows(plan, input, input.lengths.map((_, i) => i));
+    const steps = new Uint32Array((maxNewTokens * STEP_STRIDE) / 4), floats = new Float32Array(steps.buffer);
+    for (let s = 0; s < maxNewTokens; s++) {
+      const at = (s * STEP_STRIDE) / 4;
+      steps.set([s, plan.slots, ((seed >>> 0) ^ PURPOSE) >>> 0, Math.floor(seed / 4294967296) >>> 0], at);
+      floats[at + 4] = temperature > 0 ? 1 / temperature : 1;
+    }
+    queue.writeBuffer(plan.steps, 0, steps);
+    const bits = new Uint32Array(Math.ceil(suppressed.length / 32));
+    for (let v = 0; v < suppressed.length; v++) if (suppressed[v]) bits[v >> 5] |= 1 << (v & 31);
+    queue.writeBuffer(this.#parts.suppressed, 0, bits);
+  }
+
+  /** Describes the running rows. */
+  #writeRows(plan: DecodePlan, { lengths, starts, nextPosition, keys }: DecodeInput, running: readonly number[]): void {
+    const words = new Uint32Array(running.length * ROW_WORDS), begins: number[] = [];
+    let end = 0;
+    lengths.forEach((n, i) => {
+      begins.push(starts?.[i] ?? end);
+      end = begins[i] + n;
+    });
+    running.forEach((row, i) => {
+      words.set([row, begins[row], lengths[row], nextPosition[row], ...keys[row], running.length], i * ROW_WORDS);
+    });
+    this.#device.queue.writeBuffer(plan.rows, 0, words);
+  }
+
+  async #run(plan: DecodePlan, prompt: PromptBuffers, first: Launch[], input: DecodeInput): Promise<DecodeOutput> {
+    const { lengths, maxNewTokens, temperature, checkEvery = 16 } = input, greedy = temperature === 0;
+    const out: DecodeOutput = {
+      ids: lengths.map(() => []),
+      logprobs: lengths.map(() => []),
+      finish: lengths.map(() => "length"),
+    };
+    let running = lengths.map((_, i) => i), launches: Launch[] = [], count = 0;
+    for (let done = 0; done < maxNewTokens && running.length > 0;) {
+      const until = Math.min(maxNewTokens, done + Math.ceil(checkEvery));
+      if (count !== running.length && until > 1) {
+        count = running.length;
+        launches = await guarded(this.#device, "generation", () => plan.step(count, prompt, greedy));
+      }
+      this.#submitSteps(first, launches, done, until);
+      running = this.#take(await this.#read(plan, done, until), plan.slots, done, running, input, out);
+      done = until;
+      if (running.length > 0 && running.length < count && done < maxNewTokens) {
+        this.#writeRows(plan, input, running);
+        const embed = plan.embed(running.length);
+        this.#submit((pass) => encodeStep(pass, embed, done - 1));
+      }
+    }
+    return out;
+  }
+
+  #submit(record: (pass: GPUComputePassEncoder) => void): void {
+    const encoder = this.#device.createCommandEncoder(), pass = encoder.beginComputePass();
+    record(pass);
+    pass.end();
+    this.#device.queue.submit([encoder.finish()]);
+  }
+
+  /** Submits the steps from `from` up to `until`. */
+  #submitSteps(first: Launch[], launches: Launch[], from: number, until: number): void {
+    const each = Math.max(1, Math.floor(SUBMIT_DISPATCHES / Math.max(1, launches.length)));
+    for (let step = from; step < until; step += each) {
+      this.#submit((pass) => {
+        for (let s = step; s < Math.min(until, step + each); s++) encodeStep(pass, s === 0 ? first : launches, s);
+      });
+    }
+  }
+
+  /** Reads what the steps from `from` up to `until` drew: `[steps, slots, 2]` words. */
+  async #read({ drawn, staging, slots }: DecodePlan, from: number, until: number): Promise<Uint32Array> {
+    const step = slots * 8, bytes = (until - from) * step, encoder = this.#device.createCommandEncoder();
+    encoder.copyBufferToBuffer(drawn, from * step, staging, 0, bytes);
+    this.#device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(GPUMapMode.READ, 0, bytes);
+    const words = new Uint32Array(staging.getMappedRange(0, bytes).slice(0));
+    staging.unmap();
+    return words;
+  }
+
+  /** Appends drawn tokens to their rows and gives the rows that still run. */
+  #take(
+    words: Uint32Array,
+    slots: number,
+    from: number,
+    running: number[],
+    input: DecodeInput,
+    out: DecodeOutput,
+  ): number[] {
+    const floats = new Float32Array(words.buffer);
+    for (let step = 0; step < words.length / (2 * slots) && running.length > 0; step++) {
+      running = running.filter((row) => {
+        const at = (step * slots + row) * 2, id = words[at], logprob = floats[at + 1];
+        if (id >= NOT_FINITE || !Number.isFinite(logprob)) {
+          throw new RangeError(
+            `token ${from + step} of sequence [${input.keys[row]}]: the logits are not finite; the policy has diverged`,
+          );
+        }
+        out.ids[row].push(id);
+        out.logprobs[row].push(logprob);
+        const stops = input.stop.has(id);
+        if (stops) out.finish[row] = "stop";
+        return !stops;
+      });
+      input.onToken?.(from + step + 1, running.length);
+    }
+    return running;
+  }
+
+  /** Releases all device memory of the engine. */
+  dispose(): void {
+    this.#disposed = true;
+    this.#plans.clear();
+    this.#memory.dispose();
+  }
+}

@@ -1,0 +1,135 @@
+/**
+ * Log-probability of one token per row, with the entropy of the row's distribution.
+ *
+ * With z = (logits + suppress) / temperature, p = softmax(z), t = target:
+ *
+ * - `MgpoLogSoftmaxGather`: logits [N, V], target int32 [N], optional suppress [V] (0, or −1e30 for tokens that cannot be drawn);
+ *   attribute `temperature` > 0 → logprob [N] = z_t − lse, entropy [N] = −Σ p ln p in nats, lse [N] = ln Σ e^z.
+ *   Target −1 gives logprob 0.
+ * - `MgpoLogSoftmaxGatherGrad`: logits, target, suppress, lse, entropy, dlogprob [N], dentropy [N] → dlogits [N, V]:
+ *   dlogits_j = (dlogprob · (δ_jt − p_j) − dentropy · p_j · (ln p_j + entropy)) / temperature (no δ and no p for target −1).
+ *
+ * A bad target is a RangeError where the host still has the targets, and a log-probability of NaN otherwise. Lanes share a
+ * row (4 to 256 by the vocabulary). Cost: one exponential per logit; the forward pass reads the logits twice.
+ *
+ * @module
+ */
+import type { tf } from "../../deps.ts";
+import { element, elements, ELEMENTWISE, fold, rowReductions, type RowSplit, rowStart, splitRows } from "./lanes.ts";
+import type { Binding, Kernel, KernelCall, Shader } from "./runtime.ts";
+
+/** Both kernels. */
+export const logprob: readonly Kernel[] = [
+  { name: "MgpoLogSoftmaxGather", run: forward },
+  { name: "MgpoLogSoftmaxGatherGrad", run: backward },
+];
+
+/** `score`: z of a token. −1e30 stands for −∞, so that a product with p = 0 is 0; comparing (not max) lets a NaN through. */
+const score = (masked: boolean) =>
+  `fn score(row: u32, token: u32) -> f32 {
+  let z = (logits[row * u.vocabulary + token]${masked ? " + suppress[token]" : ""}) * u.inverse;
+  return select(z, -1e30, z < -1e30);
+}`;
+
+const sources = (masked: boolean): Binding[] => [
+  { name: "logits", type: "f32" },
+  { name: "chosen", type: "i32" },
+  ...(masked ? [{ name: "suppress", type: "f32" } as const] : []),
+];
+
+function forwardShader(split: RowSplit, masked: boolean): Shader {
+  const each = (body: string) =>
+    `if (live) { for (var j = at; j < u.vocabulary; j += ${split.lanes}u) { let z = score(row, j); ${body} } }`;
+  return {
+    storage: [
+      ...sources(masked),
+      ...["logprob", "entropy", "lse"].map((name) => ({ name, type: "f32", write: true } as const)),
+    ],
+    uniforms: { rows: "u32", vocabulary: "u32", inverse: "f32", nan: "f32" },
+    threads: split.threads,
+    code: `${rowReductions(split)}\n${score(masked)}`,
+    main: `${rowStart(split)}
+var own = -1e30;
+${each("own = max(own, z);")}
+let top = laneMax(lane, own);
+var weight = 0.0;
+var moment = 0.0;
+${each("let e = exp(z - top); weight += e; moment += e * (z - top);")}
+let total = laneSum(lane, weight);
+let mean = laneSum(lane, moment) / total;
+if (!live || at != 0u) { return; }
+let size = log(total);
+entropy[row] = size - mean;
+lse[row] = top + size;
+let t = chosen[row];
+if (t == -1) { logprob[row] = 0.0; }
+else if (t < 0 || u32(t) >= u.vocabulary) { logprob[row] = u.nan; }
+else { logprob[row] = score(row, u32(t)) - top - size; }`,
+  };
+}
+
+function backwardShader(masked: boolean): Shader {
+  return {
+    storage: [
+      ...sources(masked),
+      ...["lse", "entropy", "dlogprob", "dentropy"].map((name) => ({ name, type: "f32" } as const)),
+      { name: "dlogits", type: "f32", write: true },
+    ],
+    uniforms: { size: "u32", vocabulary: "u32", inverse: "f32" },
+    threads: ELEMENTWISE,
+    code: score(masked),
+    main: `${element}
+let row = i / u.vocabulary;
+let token = i % u.vocabulary;
+let z = score(row, token) - lse[row];
+let t = chosen[row];
+let slope = select(0.0, dlogprob[row], t >= 0);
+let own = select(0.0, slope, t == i32(token));
+dlogits[i] = u.inverse * (own - exp(z) * (slope + dentropy[row] * (z + entropy[row])));`,
+  };
+}
+
+interface Given {
+  readonly rows: number;
+  readonly vocabulary: number;
+  readonly inverse: number;
+  readonly masked: boolean;
+  /** Logits, target and suppress, the last where there is one. */
+  readonly tensors: readonly tf.TensorInfo[];
+}
+
+function given(call: KernelCall): Given {
+  const logits = call.input("logits", [null, null]);
+  const [rows, vocabulary] = logits.shape;
+  const temperature = call.number("temperature");
+  if (temperature <= 0) throw call.error(`attribute temperature must be above 0, is ${temperature}`);
+  const target = call.input("target", [rows], "int32"), tokens = call.hostValues(target);
+  for (let i = 0; tokens !== undefined && i < rows; i++) {
+    if (tokens[i] >= -1 && tokens[i] < vocabulary) continue;
+    throw call.error(`target[${i}] is ${tokens[i]}, must be −1 or a token below ${vocabulary}`);
+  }
+  const suppress = call.optional("suppress", [vocabulary]);
+  const tensors = suppress ? [logits, target, suppress] : [logits, target];
+  return { rows, vocabulary, inverse: 1 / temperature, masked: suppress !== undefined, tensors };
+}
+
+function forward(call: KernelCall): tf.TensorInfo[] {
+  const { rows, vocabulary, inverse, masked, tensors } = given(call);
+  const outputs = [0, 1, 2].map(() => call.output([rows]));
+  if (rows === 0) return outputs;
+  if (vocabulary === 0) throw call.error("the vocabulary is empty");
+  const split = splitRows(vocabulary), make = () => forwardShader(split, masked);
+  const uniforms = { rows, vocabulary, inverse, nan: NaN }, grid = fold(Math.ceil(rows / split.rows));
+  call.dispatch(`${call.name} ${split.lanes} ${masked}`, make, [...tensors, ...outputs], uniforms, grid);
+  return outputs;
+}
+
+function backward(call: KernelCall): tf.TensorInfo {
+  const { rows, vocabulary, inverse, masked, tensors } = given(call);
+  const vectors = ["lse", "entropy", "dlogprob", "dentropy"].map((name) => call.input(name, [rows]));
+  const dlogits = call.output([rows, vocabulary]), size = rows * vocabulary;
+  if (size === 0) return dlogits;
+  const all = [...tensors, ...vectors, dlogits], make = () => backwardShader(masked);
+  call.dispatch(`${call.name} ${masked}`, make, all, { size, vocabulary, inverse }, elements(size));
+  return dlogits;
+}
