@@ -372,7 +372,7 @@ export function applyAdamW(slot: AdamWSlot, grad: tf.Tensor, step: AdamWStep, fu
   if (fused) {
     // Weights get new storage first: tfjs-wasm packs the right operand of matMul once and finds it again by storage, so a
     // change in place would go unnoticed there.
-    tf.tidy(() => param.assign(tf.add(param, 0)));
+    if (tf.getBackend() === "wasm") tf.tidy(() => param.assign(tf.add(param, 0)));
     return tf.dispose(run("MgpoAdamW", { param, m, v, grad }, { ...step }));
   }
   const { lr, beta1, beta2, eps, weightDecay, correction1, correction2, clipScale } = step;

@@ -6,6 +6,7 @@
  */
 import { tf, tfwebgpu } from "../deps.ts";
 import { InputError } from "../run/errors.ts";
+import { installWebgpuKernels } from "./kernels/register.ts";
 import { installWasmKernels } from "../wasm/register.ts";
 
 /** The backends that the project runs on. */
@@ -129,6 +130,7 @@ async function startBackend({ backend }: BackendChoice): Promise<void> {
   }
   if (started && tf.getBackend() === backend) {
     if (backend === "wasm") installWasmKernels();
+    else installWebgpuKernels();
     return;
   }
   const advice = backend === "wasm"

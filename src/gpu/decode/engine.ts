@@ -57,6 +57,8 @@ export interface DecodeOutput {
 export interface DecodeEngineOptions {
   /** Whether kernels are laid out for a processor. @default {whether the adapter is a software one} */
   software?: boolean;
+  /** Bytes of the embedding or the head that are bound at once; larger tables are split by rows. @default {the adapter's limit} */
+  tableBytes?: number;
 }
 
 const PURPOSE = hashName("sample");
@@ -113,10 +115,11 @@ export class DecodeEngine {
     this.#parts = {
       config,
       memory: this.#memory,
-      pipelines: new Pipelines(this.#device),
+      pipelines: Pipelines.of(this.#device),
       weights: new WeightBuffers(config, weights, this.#memory),
       suppressed: this.#memory.create("suppressed ids", words * 4, GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_DST),
       software: options.software ?? this.#device.adapterInfo?.isFallbackAdapter ?? false,
+      tableBytes: options.tableBytes ?? this.#device.limits.maxStorageBufferBindingSize,
     };
   }
 

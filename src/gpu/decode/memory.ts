@@ -93,7 +93,16 @@ export class Pipelines {
   readonly #compiled = new Map<string, Compiled>();
   readonly #layouts = new Map<string, GPUBindGroupLayout>();
 
-  constructor(readonly device: GPUDevice) {}
+  static readonly #byDevice = new WeakMap<GPUDevice, Pipelines>();
+
+  /** The pipelines of a device, compiled once for all who use it. */
+  static of(device: GPUDevice): Pipelines {
+    const found = Pipelines.#byDevice.get(device) ?? new Pipelines(device);
+    Pipelines.#byDevice.set(device, found);
+    return found;
+  }
+
+  private constructor(readonly device: GPUDevice) {}
 
   #layout(bindings: readonly BindingKind[]): GPUBindGroupLayout {
     const key = bindings.join();

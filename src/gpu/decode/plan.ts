@@ -50,6 +50,8 @@ export interface PlanParts {
   /** One bit an id that is never drawn. */
   suppressed: GPUBuffer;
   software: boolean;
+  /** Bytes of the embedding or head that are bound at once. */
+  tableBytes: number;
 }
 
 /** The packed keys and values of the prompts, a pair a layer. */
@@ -69,6 +71,8 @@ interface HeadPart extends TableChunk {
 
 /** Heads of rows in a workgroup of the lone attention: as many as a processor's vector holds. */
 const LONE_THREADS = 8;
+/** Wider heads make the lone attention's text, and the time to compile it, too long. */
+const LONE_HEAD = 64;
 /** Workgroups that the head's product is dealt to at most. */
 const HEAD_WORKGROUPS = 1024;
 
@@ -110,7 +114,7 @@ export class DecodePlan {
   constructor(readonly parts: PlanParts, readonly slots: number, readonly capacity: number) {
     const { config: { text }, memory } = parts,
       { hiddenSize, heads, kvHeads, headDim, intermediateSize, layers } = text;
-    this.#chunks = tableChunks(text.vocabSize, hiddenSize, memory.device.limits.maxStorageBufferBindingSize);
+    this.#chunks = tableChunks(text.vocabSize, hiddenSize, parts.tableBytes);
     let stride = DRAW_PARTS;
     for (let n = 1; n <= slots; n *= 2) {
       stride = Math.max(stride, totalParts(headParts(this.#chunks, this.#tile(n, hiddenSize), n)));
@@ -184,10 +188,12 @@ export class DecodePlan {
   #layer(i: number, count: number, prompt: PromptBuffers): Launch[] {
     const { config: { text }, weights, software } = this.parts, { hiddenSize, heads, kvHeads, headDim } = text;
     const w = weights.layers[i], width = heads * headDim, kvWidth = kvHeads * headDim;
-    const { slots, capacity } = this, sizes = { heads, kvHeads, headDim, slots, capacity };
-    const attention = software
+    const { slots, capacity } = this,
+      lone = software && headDim <= LONE_HEAD,
+      sizes = { heads, kvHeads, headDim, slots, capacity };
+    const attention = lone
       ? loneAttentionKernel({ ...sizes, threads: LONE_THREADS })
-      : attentionKernel({ ...sizes, threads: 128 });
+      : attentionKernel({ ...sizes, threads: software ? 32 : 128 });
     return [
       this.#linear(
         `${i} qkv`,
@@ -209,8 +215,8 @@ export class DecodePlan {
           this.#mixed,
           this.steps,
         ],
-        software ? Math.ceil((count * heads) / LONE_THREADS) : heads,
-        software ? 1 : count,
+        lone ? Math.ceil((count * heads) / LONE_THREADS) : heads,
+        lone ? 1 : count,
       ),
       this.#linear(`${i} o`, { op: "residual", outputs: hiddenSize }, width, count, () => [this.#mixed, w.o, this.x]),
       this.#linear(

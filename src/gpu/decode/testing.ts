@@ -9,7 +9,10 @@ import { gatherRows, segmentsOf } from "../../policy/ops.ts";
 import type { GenerateOptions, Sequence } from "../../policy/policy.ts";
 import type { QwenPolicy } from "../../policy/qwen.ts";
 import { head } from "../../policy/text.ts";
+import { RandomStream } from "../../random.ts";
 import { chooseBackend } from "../backend.ts";
+import { guarded, Pipelines, webgpuBackend } from "./memory.ts";
+import { type Kernel, STEP_STRIDE } from "./wgsl.ts";
 import type { DecodeEngine, DecodeInput, DecodeOutput } from "./engine.ts";
 
 /** Whether WebGPU runs now; says so where it does not. */
@@ -63,4 +66,63 @@ export async function generateWith(
   } finally {
     release();
   }
+}
+
+/** The words of a step record. */
+export function stepRecord(
+  step: number,
+  slots: number,
+  seed: readonly [number, number],
+  scale: number,
+): Uint32Array<ArrayBuffer> {
+  const words = new Uint32Array(STEP_STRIDE / 4);
+  words.set([step, slots, ...seed]);
+  new Float32Array(words.buffer)[4] = scale;
+  return words;
+}
+
+/** Dispatches a kernel once on given contents and gives back those of the bindings that it may write, by index. */
+export async function runKernel(
+  kernel: Kernel,
+  contents: readonly (Float32Array<ArrayBuffer> | Uint32Array<ArrayBuffer>)[],
+  x: number,
+  y: number,
+): Promise<Map<number, ArrayBuffer>> {
+  const { device } = webgpuBackend()!, { UNIFORM, STORAGE, COPY_DST, COPY_SRC, MAP_READ } = GPUBufferUsage;
+  const buffers = contents.map((data, i) => {
+    const use = kernel.bindings[i] === "step" ? UNIFORM : STORAGE;
+    const buffer = device.createBuffer({ size: Math.max(16, data.byteLength), usage: use | COPY_DST | COPY_SRC });
+    device.queue.writeBuffer(buffer, 0, data);
+    return buffer;
+  });
+  const written = new Map<number, GPUBuffer>();
+  await guarded(device, kernel.key, () => {
+    const pipelines = Pipelines.of(device), compiled = pipelines.get(kernel), encoder = device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    pass.setPipeline(compiled.pipeline);
+    pass.setBindGroup(0, pipelines.bind(compiled, kernel, buffers), compiled.stepped ? [0] : []);
+    pass.dispatchWorkgroups(x, y);
+    pass.end();
+    kernel.bindings.forEach((kind, i) => {
+      if (kind !== "write") return;
+      const staging = device.createBuffer({ size: buffers[i].size, usage: MAP_READ | COPY_DST });
+      encoder.copyBufferToBuffer(buffers[i], 0, staging, 0, buffers[i].size);
+      written.set(i, staging);
+    });
+    device.queue.submit([encoder.finish()]);
+  });
+  const out = new Map<number, ArrayBuffer>();
+  for (const [i, staging] of written) {
+    await staging.mapAsync(GPUMapMode.READ);
+    out.set(i, staging.getMappedRange().slice(0));
+    staging.destroy();
+  }
+  for (const buffer of buffers) buffer.destroy();
+  return out;
+}
+
+/** Normal numbers times `scale`, named by a seed. */
+export function normals(count: number, seed: number, scale = 1): Float32Array<ArrayBuffer> {
+  const stream = new RandomStream(seed, "kernel test");
+  return Float32Array.from({ length: count }, () => stream.normal() * scale);
 }

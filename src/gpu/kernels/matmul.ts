@@ -3,7 +3,8 @@
  *
  * Inputs: `a` and `b`, both [·, ·] or both [batch, ·, ·]; optional `bias` [N], added to each row. Attributes: `transposeA`,
  * `transposeB`. Output [M, N] or [batch, M, N]. Cost: 2·M·N·K operations per product; each element of A is read ⌈N/BN⌉ times and
- * each of B ⌈M/BM⌉ times (see `matmul_tiles.ts`).
+ * each of B ⌈M/BM⌉ times, for tiles of BM × BN: those of a workgroup on a GPU (see `matmul_tiles.ts`), those of a thread on an
+ * adapter that computes on the processor (see `matmul_direct.ts`; attribute `software` overrules what the adapter says).
  *
  * A product with few tiles and a long inner axis (gradients of weights) is cut along that axis into parts that are written apart and
  * added in order: no atomics, so equal inputs give equal bits on one adapter.
@@ -12,6 +13,7 @@
  */
 import type { tf } from "../../deps.ts";
 import { elements, packed } from "./lanes.ts";
+import { directShader } from "./matmul_direct.ts";
 import {
   DEPTH,
   matmulShader,
@@ -23,7 +25,7 @@ import {
   type Variant,
   variantKey,
 } from "./matmul_tiles.ts";
-import type { Kernel, KernelCall } from "./runtime.ts";
+import type { Kernel, KernelCall, Shader } from "./runtime.ts";
 
 /** The kernel. */
 export const matmul: readonly Kernel[] = [{ name: "MgpoMatMul", run: multiply }];
@@ -42,13 +44,18 @@ const tileCount = (tile: Tile, { batch, rows, columns }: Sizes): number =>
 const waste = (tile: Tile, sizes: Sizes): number =>
   tileCount(tile, sizes) * tileRows(tile) * tileColumns(tile) / (sizes.batch * sizes.rows * sizes.columns);
 
+/** The tile of a product and how its inner axis is cut. */
+export interface Plan {
+  readonly tile: Tile;
+  readonly depthPerPart: number;
+  readonly parts: number;
+}
+
 /**
- * The tile and the number of parts of the inner axis. A GPU needs some hundred workgroups to be busy; a processor is busy
- * with a few, and gains by large tiles alone.
+ * Chooses tile and parts. A GPU needs some hundred workgroups to be busy, a processor a few.
  */
-export function planMatMul(sizes: Sizes, software: boolean): { tile: Tile; depthPerPart: number; parts: number } {
-  const wanted = software ? 4 : 128;
-  const order = [tiles.large, tiles.medium, tiles.small];
+export function planMatMul(sizes: Sizes, software: boolean): Plan {
+  const wanted = software ? 4 : 128, order = software ? [tiles.direct] : [tiles.large, tiles.medium, tiles.small];
   const tile = order.find((tile) => tileCount(tile, sizes) >= wanted && waste(tile, sizes) <= 1.5) ??
     order.toSorted((s, t) => waste(s, sizes) - waste(t, sizes) || tileCount(t, sizes) - tileCount(s, sizes))[0];
   const whole = { tile, depthPerPart: sizes.depth, parts: 1 };
@@ -77,9 +84,52 @@ function multiply(call: KernelCall): tf.TensorInfo {
   if (batch * rows * columns === 0) return c;
   if (depth === 0) throw call.error("the inner size must be at least 1");
   const sizes = { batch, rows, columns, depth };
-  const { tile, depthPerPart, parts } = planMatMul(sizes, call.software);
+  const plan = planMatMul(sizes, call.flag("software", call.software)), whole = plan.parts === 1;
+  const target = whole ? c : call.temporary([plan.parts, rows, columns]);
+  const product = { ...sizes, plan, transposeA, transposeB, a, b, bias: whole ? bias : undefined, c: target };
+  (plan.tile === tiles.direct ? runDirect : runTiled)(call, product);
+  if (!whole) addParts(call, target, bias, c, { rows, columns, parts: plan.parts });
+  return c;
+}
+
+interface Product extends Sizes {
+  readonly plan: Plan;
+  readonly transposeA: boolean;
+  readonly transposeB: boolean;
+  readonly a: tf.TensorInfo;
+  readonly b: tf.TensorInfo;
+  readonly bias: tf.TensorInfo | undefined;
+  readonly c: tf.TensorInfo;
+}
+
+/** Dispatches the tiles of all products of a batch, or all parts of one. */
+function dispatchTiles(
+  call: KernelCall,
+  { plan: { tile, parts, depthPerPart }, batch, rows, columns, depth, a, b, bias, c }: Product,
+  key: string,
+  make: () => Shader,
+  uniforms: Readonly<Record<string, number>>,
+): void {
+  const tensors = bias ? [a, b, bias, c] : [a, b, c];
+  const [x, y] = [Math.ceil(columns / tileColumns(tile)), Math.ceil(rows / tileRows(tile))];
+  const most = call.limits.maxComputeWorkgroupsPerDimension;
+  for (let firstBatch = 0; firstBatch < batch; firstBatch += most) {
+    const z = parts > 1 ? parts : Math.min(most, batch - firstBatch);
+    call.dispatch(key, make, tensors, { rows, columns, depth, depthPerPart, firstBatch, ...uniforms }, [x, y, z]);
+  }
+}
+
+function runDirect(call: KernelCall, product: Product): void {
+  const { rows, columns, depth, transposeA, transposeB, plan } = product;
+  const split = plan.parts > 1, bias = product.bias !== undefined;
+  const [rowA, stepA] = transposeA ? [1, rows] : [depth, 1], [columnB, stepB] = transposeB ? [depth, 1] : [1, columns];
+  const make = () => directShader(bias, split);
+  dispatchTiles(call, product, `MgpoMatMul direct ${bias} ${split}`, make, { rowA, stepA, columnB, stepB });
+}
+
+function runTiled(call: KernelCall, product: Product): void {
+  const { a, b, columns, transposeA, transposeB, plan: { tile, parts } } = product;
   const [rowsA, widthA] = a.shape.slice(-2), [rowsB, widthB] = b.shape.slice(-2);
-  const target = parts === 1 ? c : call.temporary([parts, rows, columns]);
   const variant: Variant = {
     tile,
     transposeA,
@@ -87,20 +137,11 @@ function multiply(call: KernelCall): tf.TensorInfo {
     packedA: widthA % 4 === 0,
     packedB: widthB % 4 === 0,
     packedC: columns % 4 === 0,
-    bias: bias !== undefined && parts === 1,
+    bias: product.bias !== undefined,
     split: parts > 1,
   };
-  const tensors = [a, b, ...(bias && parts === 1 ? [bias] : []), target];
-  const [x, y] = [Math.ceil(columns / tileColumns(tile)), Math.ceil(rows / tileRows(tile))];
-  const common = { rows, columns, depth, rowsA, widthA, rowsB, widthB, depthPerPart };
-  const make = () => matmulShader(variant), key = variantKey(variant);
-  const most = call.limits.maxComputeWorkgroupsPerDimension;
-  for (let firstBatch = 0; firstBatch < batch; firstBatch += most) {
-    const z = parts > 1 ? parts : Math.min(most, batch - firstBatch);
-    call.dispatch(key, make, tensors, { ...common, firstBatch }, [x, y, z]);
-  }
-  if (parts > 1) addParts(call, target, bias, c, { rows, columns, parts });
-  return c;
+  const make = () => matmulShader(variant);
+  dispatchTiles(call, product, variantKey(variant), make, { rowsA, widthA, rowsB, widthB });
 }
 
 function addParts(

@@ -20,11 +20,15 @@ export interface Tile {
   readonly columns: number;
 }
 
-/** From the most work per byte to the most workgroups. Workgroup memory: 13, 9 and 5 KiB. */
+/**
+ * From the most work per byte to the most workgroups; workgroup memory 13, 9 and 5 KiB. `direct` is that of
+ * `matmul_direct.ts`.
+ */
 export const tiles = {
   large: { name: "large", across: 16, down: 8, rows: 8, columns: 8 },
   medium: { name: "medium", across: 8, down: 8, rows: 8, columns: 8 },
   small: { name: "small", across: 8, down: 8, rows: 4, columns: 4 },
+  direct: { name: "direct", across: 4, down: 2, rows: 16, columns: 12 },
 } as const satisfies Record<string, Tile>;
 
 /** Rows of the result per workgroup. */

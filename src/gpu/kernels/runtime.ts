@@ -4,7 +4,7 @@
  * A kernel records its dispatches into the compute pass that the webgpu backend has open, between those of tfjs itself, so order and
  * buffer re-use are tfjs's own. Unlike `runWebGPUProgram`, a dispatch may write several tensors, and tensors in place, and costs
  * no shader key of shapes. Evidence: tfjs-backend-webgpu 4.22 (pinned in `deps.ts`), whose backend object has the
- * fields of {@link Backend}; {@link attach} checks them.
+ * fields of {@link Backend}; {@link attach} checks them. `tf.time` and `tf.profile` do not see these dispatches.
  *
  * @module
  */
@@ -184,9 +184,9 @@ export class KernelCall {
     return value;
   }
 
-  /** A truth value among the attributes; absent means false. */
-  flag(name: string): boolean {
-    const value = this.attributes[name] ?? false;
+  /** A truth value among the attributes, or the default where it is absent. */
+  flag(name: string, absent = false): boolean {
+    const value = this.attributes[name] ?? absent;
     if (typeof value !== "boolean") throw this.error(`attribute ${name} must be true or false, is ${String(value)}`);
     return value;
   }
@@ -246,11 +246,11 @@ export class KernelCall {
     const { backend } = this, { device } = backend;
     const most = device.limits.maxComputeWorkgroupsPerDimension;
     if (grid.some((n) => n > most)) throw this.error(`${grid.join(" × ")} workgroups are more than the GPU takes`);
+    const entries = tensors.map((tensor, binding) => ({ binding, resource: { buffer: this.#buffer(tensor) } }));
     let cache = compiled.get(device);
     if (cache === undefined) compiled.set(device, cache = new Map());
     let program = cache.get(key);
     if (program === undefined) cache.set(key, program = compile(device, key, make()));
-    const entries = tensors.map((tensor, binding) => ({ binding, resource: { buffer: this.#buffer(tensor) } }));
     entries.push({ binding: entries.length, resource: { buffer: this.#uniforms(program, uniforms) } });
     const bindGroup = device.createBindGroup({ layout: program.layout, entries });
     for (const tensor of tensors) backend.commandQueueOwnedIds.add(tensor.dataId);

@@ -6,38 +6,38 @@
  */
 import assert from "node:assert/strict";
 import { tf } from "../../deps.ts";
+import { InputError } from "../../run/errors.ts";
 import type { Plain } from "../../wasm/testing.ts";
+import { chooseBackend } from "../backend.ts";
 import { installWebgpuKernels } from "./register.ts";
 
 export { close, integers, type Plain, values } from "../../wasm/testing.ts";
 
-const adapter = await navigator.gpu?.requestAdapter();
 const errors: string[] = [];
-let started = false;
 
-async function start(): Promise<void> {
-  if (started) return;
-  started = true;
-  // As the program does: the packed product of tfjs, the only one that always adds in the same order.
-  tf.env().set("WEBGPU_MATMUL_PROGRAM_TYPE", 3);
-  await tf.setBackend("webgpu");
-  await tf.ready();
+/** Makes webgpu the current backend, as the program does; false where there is no adapter. */
+async function start(): Promise<boolean> {
+  try {
+    await chooseBackend("webgpu", { onLost: (message) => errors.push(message) });
+  } catch (error) {
+    if (error instanceof InputError && error.message.includes("no WebGPU adapter")) return false;
+    throw error;
+  }
   installWebgpuKernels();
-  (tf.backend() as unknown as { device: GPUDevice }).device.addEventListener("uncapturederror", (event) => {
-    errors.push((event as GPUUncapturedErrorEvent).error.message);
-  });
+  return true;
 }
+const started = await start();
 
 /** A test on the webgpu backend with our kernels; skipped, and named so, where there is no adapter. */
-export function gpuTest(name: string, fn: () => Promise<void>): void {
-  const run = async () => {
-    await start();
-    await fn();
-    assert.deepEqual(errors, [], "the GPU reported errors");
-  };
-  const title = adapter ? name : `${name} (skipped: no WebGPU adapter)`;
-  // The backend keeps its device and what it compiled beyond a test.
-  Deno.test({ name: title, ignore: !adapter, fn: run, sanitizeResources: false, sanitizeOps: false });
+export function gpuTest(name: string, fn: () => void | Promise<void>): void {
+  Deno.test({
+    name: started ? name : `${name} (skipped: no WebGPU adapter)`,
+    ignore: !started,
+    fn: async () => {
+      await fn();
+      assert.deepEqual(errors, [], "the GPU reported errors");
+    },
+  });
 }
 
 /** Uploads inputs as tensors. */
