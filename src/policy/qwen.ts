@@ -4,9 +4,11 @@
  * @module
  */
 import { tf } from "../deps.ts";
+import { DecodeEngine } from "../gpu/decode/engine.ts";
+import type { DecodeInput } from "../gpu/decode/input.ts";
 import type { QwenConfig } from "./config.ts";
 import type { ImageProcessor } from "./image_processor.ts";
-import { gatherRows, logProbEntropy, segmentsOf } from "./ops.ts";
+import { currentKernels, gatherRows, logProbEntropy, segmentsOf } from "./ops.ts";
 import type { Picture } from "./picture.ts";
 import type {
   Completion,
@@ -120,6 +122,7 @@ export class QwenPolicy implements Policy {
   #features: FeatureCache;
   #stale = false;
   #save: QwenParts["save"];
+  #engine?: DecodeEngine;
   #suppressBias = new Map<string, tf.Tensor1D>();
 
   /**
@@ -434,17 +437,28 @@ export class QwenPolicy implements Policy {
     const { distinct, which } = distinctSequences(sequences);
     const packed = this.pack(distinct), { cu } = segmentsOf(packed.lengths);
     const prompts = which.map((d) => ({ start: cu[d], length: packed.lengths[d] }));
-    const cache = new KeyValueCache(this.config, prompts, maxNewTokens);
-    const completions: Completion[] = sequences.map(() => ({ ids: [], logprobs: [], finish: "length" }));
-    try {
-      let logits = tf.tidy(() => {
-        const hidden = this.hidden(packed, false, { keysValues: (_layer, k, v) => cache.fill(k, v) });
+    const prefill = (keysValues: NonNullable<TextHooks["keysValues"]>) =>
+      tf.tidy(() => {
+        const hidden = this.hidden(packed, false, { keysValues });
         return head(
           this.config,
           this.weights,
           gatherRows(hidden, prompts.map(({ start, length }) => start + length - 1)),
         );
       });
+    const engine = topP === 1 && !inspectLogits ? this.#decodeEngine() : undefined;
+    if (engine) {
+      const nextPosition = which.map((d) => packed.index[d].next);
+      const { onToken } = options;
+      return await decodeOnDevice(engine, prefill, {
+        ...{ starts: prompts.map((p) => p.start), lengths: prompts.map((p) => p.length), nextPosition },
+        ...{ keys, seed, temperature, suppressed, stop, maxNewTokens, onToken },
+      });
+    }
+    const cache = new KeyValueCache(this.config, prompts, maxNewTokens);
+    const completions: Completion[] = sequences.map(() => ({ ids: [], logprobs: [], finish: "length" }));
+    try {
+      let logits = prefill((_layer, k, v) => cache.fill(k, v));
       let running = sequences.map((_, i) => i);
       for (let step = 0; step < maxNewTokens; step++) {
         const values = await readback(logits);
@@ -479,6 +493,12 @@ export class QwenPolicy implements Policy {
     return completions;
   }
 
+  /** The recorded decoding plans of the current device; undefined where plain operations are asked for or it cannot run. */
+  #decodeEngine(): DecodeEngine | undefined {
+    if (currentKernels() === "plain" || !DecodeEngine.supports(this.config)) return undefined;
+    return this.#engine ??= new DecodeEngine(this.config, this.weights);
+  }
+
   /**
    * Like {@linkcode generate} on one batch, giving the raw logits of each step too, `[B, V]` each (rows that still run).
    */
@@ -502,6 +522,7 @@ export class QwenPolicy implements Policy {
   }
 
   dispose(): void {
+    this.#engine?.dispose();
     this.#features.clear();
     for (const bias of this.#suppressBias.values()) bias.dispose();
     this.#suppressBias.clear();
@@ -519,6 +540,25 @@ function distinctSequences(sequences: readonly Sequence[]): { distinct: Sequence
     return place;
   });
   return { distinct, which };
+}
+
+/** Prefills, then lets the engine decode; the prompts' keys and values stay until it is done. */
+async function decodeOnDevice(
+  engine: DecodeEngine,
+  prefill: (keysValues: NonNullable<TextHooks["keysValues"]>) => tf.Tensor2D,
+  input: Omit<DecodeInput, "k" | "v" | "firstLogits">,
+): Promise<Completion[]> {
+  const k: tf.Tensor3D[] = [], v: tf.Tensor3D[] = [];
+  const firstLogits = prefill((_layer, keys, values) => {
+    k.push(tf.keep(keys.clone()));
+    v.push(tf.keep(values.clone()));
+  });
+  try {
+    const { ids, logprobs, finish } = await engine.generate({ ...input, k, v, firstLogits });
+    return ids.map((row, i) => ({ ids: row, logprobs: logprobs[i], finish: finish[i] }));
+  } finally {
+    tf.dispose([k, v, firstLogits]);
+  }
 }
 
 /** A copy of a float tensor's values. */

@@ -1,0 +1,53 @@
+import assert from "node:assert/strict";
+import { signs } from "../data/signs.ts";
+import { tf } from "../deps.ts";
+import { chooseBackend } from "../gpu/backend.ts";
+import { Trainer } from "../mgpo.ts";
+import { rollout } from "../rollout.ts";
+import { loadPolicy } from "./load.ts";
+import { useKernels } from "./ops.ts";
+
+const adapter = await navigator.gpu?.requestAdapter();
+if (adapter) await chooseBackend("webgpu");
+else console.log("no WebGPU adapter on this machine: the tests of the policy on WebGPU are skipped");
+
+Deno.test({
+  name: "on WebGPU: rollouts by the recorded plan equal those of plain operations; updates keep memory flat",
+  ignore: !adapter,
+  fn: async () => {
+    const policy = await loadPolicy(), world = signs({ split: "heldout" });
+    const samples = await Promise.all([0, 1].map((i) => world.get(i)));
+    const options = { ...world.hints, groupSize: 4, maxNewTokens: [14, 8], seed: 3 };
+    const play = () => rollout(policy, samples, options);
+    const fused = (await play()).trajectories;
+    useKernels("plain");
+    const plain = (await play()).trajectories;
+    useKernels("fused");
+    fused.forEach((t, i) => {
+      assert.deepEqual(t.ids, plain[i].ids, `conversation ${i}`);
+      t.logprobs.forEach((p, n) => assert.ok(Math.abs(p - plain[i].logprobs[n]) < 1e-4));
+    });
+    const trainer = new Trainer(policy, { learningRate: 1e-4 }), memory: string[] = [];
+    for (let step = 0; step < 3; step++) {
+      const update = await trainer.update(fused, fused.map((_, i) => i % 2));
+      if (step === 0) assert.ok(update["rollout/logprob_diff_max"] < 1e-4);
+      assert.ok(Number.isFinite(update.policy_loss) && update.grad_norm > 0);
+      policy.releaseFeatures();
+      const { numTensors, numBytes } = tf.memory();
+      memory.push(`${numTensors} tensors, ${numBytes} bytes`);
+    }
+    assert.equal(memory[2], memory[1]);
+    // The plan reads the weights where they are: after updates it must follow them.
+    const after = (await play()).trajectories;
+    const masks = after.map((t) => t.assistantMask);
+    const { logprobs, entropy } = policy.logProbs(after, masks);
+    const values = await logprobs.data(), width = logprobs.shape[1];
+    after.forEach((t, i) => {
+      const recorded = t.logprobs.filter((_, n) => t.assistantMask[n] === 1);
+      recorded.forEach((p, n) => assert.ok(Math.abs(p - values[i * width + n]) < 1e-4, `conversation ${i} token ${n}`));
+    });
+    tf.dispose([logprobs, entropy]);
+    trainer.dispose();
+    policy.dispose();
+  },
+});
