@@ -358,6 +358,54 @@ export function attention(
   });
 }
 
+/** Forward of {@linkcode logProbEntropy} on tensors: log-probs, entropies, and what the gradient needs again. */
+function chosen(
+  logits: tf.Tensor2D,
+  target: tf.Tensor1D,
+  suppress: tf.Tensor1D | null,
+  temperature: number,
+): { logprob: tf.Tensor; entropy: tf.Tensor; lse: tf.Tensor } {
+  if (hasFused("MgpoLogSoftmaxGather")) {
+    const given: Record<string, tf.Tensor> = suppress ? { suppress } : {};
+    const [logprob, entropy, lse] = runMany("MgpoLogSoftmaxGather", { logits, target, ...given }, { temperature });
+    return { logprob, entropy, lse };
+  }
+  const z = scaledLogits(logits, suppress, temperature), lse = tf.logSumExp(z, -1);
+  const logp = tf.sub(z, tf.expandDims(lse, -1)), one = tf.oneHot(target, logits.shape[1]);
+  return {
+    logprob: tf.sum(tf.mul(logp, one), -1),
+    entropy: tf.neg(tf.sum(tf.mul(tf.exp(logp), logp), -1)),
+    lse,
+  };
+}
+
+function scaledLogits(logits: tf.Tensor2D, suppress: tf.Tensor1D | null, temperature: number): tf.Tensor2D {
+  const scaled = temperature === 1 ? logits : tf.div(logits, temperature);
+  return (suppress ? tf.add(scaled, suppress) : scaled) as tf.Tensor2D;
+}
+
+/** Gradient of {@linkcode chosen} with respect to the logits: (dlogp·(1ᵗ − p) − dH·p·(ln p + H)) / temperature. */
+function chosenGrad(
+  logits: tf.Tensor2D,
+  target: tf.Tensor1D,
+  suppress: tf.Tensor1D | null,
+  temperature: number,
+  { lse, entropy }: { lse: tf.Tensor; entropy: tf.Tensor },
+  dy: tf.Tensor,
+): tf.Tensor2D {
+  const [dlogprob, dentropy] = tf.unstack(dy, 0);
+  if (hasFused("MgpoLogSoftmaxGather")) {
+    const extra: Record<string, tf.Tensor> = suppress ? { suppress } : {};
+    const inputs = { logits, target, lse, entropy, dlogprob, dentropy, ...extra };
+    return run1("MgpoLogSoftmaxGatherGrad", inputs, { temperature });
+  }
+  const column = (x: tf.Tensor) => tf.expandDims(x, -1);
+  const logp = tf.sub(scaledLogits(logits, suppress, temperature), column(lse)), p = tf.exp(logp);
+  const fromLogProb = tf.mul(tf.sub(tf.oneHot(target, logits.shape[1]), p), column(dlogprob));
+  const fromEntropy = tf.mul(tf.mul(p, tf.add(logp, column(entropy))), column(dentropy));
+  return tf.div(tf.sub(fromLogProb, fromEntropy), temperature) as tf.Tensor2D;
+}
+
 /**
  * Log-probs of given tokens and entropies under `softmax(logits / temperature + suppress)`.
  *
@@ -372,29 +420,57 @@ export function logProbEntropy(
   suppress: tf.Tensor1D | null,
   temperature: number,
 ): tf.Tensor2D {
-  const [n, vocab] = logits.shape;
-  if (hasFused("MgpoLogSoftmaxGather")) {
-    return custom<tf.Tensor2D>([logits], ([logits], save) => {
-      const t = toIndex(target);
-      const given: Record<string, tf.Tensor> = suppress ? { suppress } : {};
-      const [logprob, entropy, lse] = runMany("MgpoLogSoftmaxGather", { logits, target: t, ...given }, { temperature });
-      save([logits, t, lse, entropy, ...Object.values(given)]);
-      const gradFunc = (dy: tf.Tensor, [logits, t, lse, entropy, saved]: tf.Tensor[]) => {
-        const [dlogprob, dentropy] = tf.unstack(dy, 0);
-        const extra: Record<string, tf.Tensor> = saved ? { suppress: saved } : {};
-        const inputs = { logits, target: t, lse, entropy, dlogprob, dentropy, ...extra };
-        return [run1("MgpoLogSoftmaxGatherGrad", inputs, { temperature })];
-      };
-      return { value: tf.stack([logprob, entropy], 0), gradFunc };
-    });
-  }
-  return tf.tidy(() => {
-    const scaled = temperature === 1 ? logits : tf.div(logits, temperature);
-    const z = suppress ? tf.add(scaled, suppress) : scaled;
-    const logp = tf.logSoftmax(z as tf.Tensor2D);
-    const one = tf.oneHot(toIndex(target), vocab);
-    const chosen = tf.sum(tf.mul(logp, one), -1);
-    const entropy = tf.neg(tf.sum(tf.mul(tf.exp(logp), logp), -1));
-    return tf.stack([chosen, entropy], 0).reshape([2, n]) as tf.Tensor2D;
+  return custom<tf.Tensor2D>([logits], ([logits], save) => {
+    const t = toIndex(target);
+    const { logprob, entropy, lse } = chosen(logits as tf.Tensor2D, t, suppress, temperature);
+    save([logits, t, lse, entropy, ...(suppress ? [suppress] : [])]);
+    const gradFunc = (dy: tf.Tensor, [logits, t, lse, entropy, saved]: tf.Tensor[]) => [
+      tf.tidy(() =>
+        chosenGrad(
+          logits as tf.Tensor2D,
+          t as tf.Tensor1D,
+          saved as tf.Tensor1D ?? null,
+          temperature,
+          { lse, entropy },
+          dy,
+        )
+      ),
+    ];
+    return { value: tf.stack([logprob, entropy], 0), gradFunc };
+  });
+}
+
+/**
+ * {@linkcode logProbEntropy} of `x·wᵀ` without keeping the logits: the gradient makes them again. For pieces of a large
+ * vocabulary, so that no `[tokens, vocabulary]` tensor ever exists, forward or backward.
+ *
+ * @param x `[N, D]`
+ * @param w `[V, D]`
+ */
+export function headLogProbEntropy(
+  x: tf.Tensor2D,
+  w: tf.Tensor2D,
+  target: ArrayLike<number>,
+  suppress: tf.Tensor1D | null,
+  temperature: number,
+): tf.Tensor2D {
+  return custom<tf.Tensor2D>([x, w], ([x, w], save) => {
+    const t = toIndex(target);
+    const { logprob, entropy, lse } = chosen(
+      matMul(x as tf.Tensor2D, w as tf.Tensor2D, false, true),
+      t,
+      suppress,
+      temperature,
+    );
+    save([x, w, t, lse, entropy, ...(suppress ? [suppress] : [])]);
+    const gradFunc = (dy: tf.Tensor, saved: tf.Tensor[]) => {
+      const [x, w, t, lse, entropy, bias] = saved as [tf.Tensor2D, tf.Tensor2D, tf.Tensor1D, ...tf.Tensor[]];
+      return tf.tidy(() => {
+        const logits = matMul(x, w, false, true);
+        const d = chosenGrad(logits, t, bias as tf.Tensor1D ?? null, temperature, { lse, entropy }, dy);
+        return [matMul(d, w), matMul(d, x, true, false)];
+      });
+    };
+    return { value: tf.stack([logprob, entropy], 0), gradFunc };
   });
 }

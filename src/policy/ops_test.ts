@@ -64,6 +64,12 @@ const cases: [string, number[][], (...x: tf.Tensor[]) => tf.Tensor][] = [
     )
   ),
   [
+    "headLogProbEntropy",
+    [[6, 5], [17, 5]],
+    (x, w) =>
+      ops.headLogProbEntropy(x as tf.Tensor2D, w as tf.Tensor2D, [0, 16, 3, 3, 9, 1], suppress(17, [2, 5]), 0.7),
+  ],
+  [
     "logProbEntropy",
     [[6, 17]],
     (x) => ops.logProbEntropy(x as tf.Tensor2D, [0, 16, 3, 3, 9, 1], suppress(17, [2, 5]), 0.7),
@@ -112,6 +118,35 @@ Deno.test("plain attention equals a loop over tokens", () => {
   ops.useKernels("fused");
   assert.ok(worst(out.dataSync() as Float32Array, expected) < 2e-6);
   tf.dispose([q, k, v, out]);
+});
+
+Deno.test("log-probs without kept logits equal those with them, value and gradients, on either kind of kernels", () => {
+  const inputs = [normal([6, 5], 1), normal([17, 5], 2)], ids = [0, 16, 3, 3, 9, 1];
+  for (const kernels of ["plain", "fused"] as const) {
+    const kept = measure(
+      kernels,
+      inputs,
+      (x, w) => ops.logProbEntropy(ops.linear(x as tf.Tensor2D, w as tf.Tensor2D), ids, null, 1.3),
+    );
+    const remade = measure(
+      kernels,
+      inputs,
+      (x, w) => ops.headLogProbEntropy(x as tf.Tensor2D, w as tf.Tensor2D, ids, null, 1.3),
+    );
+    kept.forEach((k, i) => assert.ok(worst(remade[i], k) < 1e-6, `output ${i}`));
+  }
+  tf.dispose(inputs);
+});
+
+Deno.test("the plain gradient of log-probs and entropy is that of automatic differentiation", () => {
+  const logits = normal([6, 17], 4), ids = [0, 16, 3, 3, 9, 1], temperature = 0.7;
+  const own = measure("plain", [logits], (x) => ops.logProbEntropy(x as tf.Tensor2D, ids, null, temperature));
+  const auto = measure("plain", [logits], (x) => {
+    const logp = tf.logSoftmax(tf.div(x, temperature) as tf.Tensor2D), one = tf.oneHot(tf.tensor1d(ids, "int32"), 17);
+    return tf.stack([tf.sum(tf.mul(logp, one), -1), tf.neg(tf.sum(tf.mul(tf.exp(logp), logp), -1))]);
+  });
+  own.forEach((o, i) => assert.ok(worst(o, auto[i]) < 2e-6, `output ${i}`));
+  logits.dispose();
 });
 
 Deno.test("an unknown choice of kernels is refused", () => {

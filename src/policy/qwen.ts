@@ -8,7 +8,7 @@ import { DecodeEngine } from "../gpu/decode/engine.ts";
 import type { DecodeInput } from "../gpu/decode/input.ts";
 import type { QwenConfig } from "./config.ts";
 import type { ImageProcessor } from "./image_processor.ts";
-import { currentKernels, gatherRows, logProbEntropy, segmentsOf } from "./ops.ts";
+import { currentKernels, gatherRows, headLogProbEntropy, logProbEntropy, segmentsOf } from "./ops.ts";
 import type { Picture } from "./picture.ts";
 import type {
   Completion,
@@ -22,7 +22,16 @@ import type {
 } from "./policy.ts";
 import { type RopeIndex, ropeIndex, textRopeTable } from "./rope_index.ts";
 import { type SamplerOptions, sampleToken } from "./sampler.ts";
-import { decodeStep, embed, head, KeyValueCache, type RopeTensors, textForward, type TextHooks } from "./text.ts";
+import {
+  decodeStep,
+  embed,
+  head,
+  headParts,
+  KeyValueCache,
+  type RopeTensors,
+  textForward,
+  type TextHooks,
+} from "./text.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import type { Tensor2D, Variable } from "../tensors.ts";
 import { type Inspect, type VisionFeatures, visionForward, type Weights } from "./vision.ts";
@@ -395,9 +404,13 @@ export class QwenPolicy implements Policy {
     const piece = Math.max(1, Math.floor(MAX_LOGITS / this.config.text.vocabSize));
     const parts: tf.Tensor2D[] = [];
     for (let from = 0; from < rows.length; from += piece) {
-      const at = rows.slice(from, from + piece);
-      const logits = head(this.config, this.weights, gatherRows(hidden, at));
-      parts.push(logProbEntropy(logits, targets.slice(from, from + piece), suppress, temperature));
+      const at = gatherRows(hidden, rows.slice(from, from + piece)), ids = targets.slice(from, from + piece);
+      if (rows.length <= piece) {
+        parts.push(logProbEntropy(head(this.config, this.weights, at), ids, suppress, temperature));
+      } else {
+        const { normed, table } = headParts(this.config, this.weights, at);
+        parts.push(headLogProbEntropy(normed, table, ids, suppress, temperature));
+      }
     }
     return parts.length === 1 ? parts[0] : tf.concat(parts, 1);
   }

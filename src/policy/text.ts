@@ -101,12 +101,22 @@ export function textForward(
   return x;
 }
 
+/** What the head multiplies: the normed hidden states `[N, D]` and the table `[V, D]`. */
+export function headParts(
+  config: QwenConfig,
+  weights: Weights,
+  x: tf.Tensor2D,
+): { normed: tf.Tensor2D; table: tf.Tensor2D } {
+  const normed = rmsNorm(x, weights("model.norm.weight") as tf.Tensor1D, config.text.rmsNormEps);
+  const table = weights(config.text.tied ? "model.embed_tokens.weight" : "lm_head.weight") as tf.Tensor2D;
+  return { normed, table };
+}
+
 /** Final norm and head: `[N, D]` → logits `[N, V]`. */
 export function head(config: QwenConfig, weights: Weights, x: tf.Tensor2D, inspect?: Inspect): tf.Tensor2D {
-  const normed = rmsNorm(x, weights("model.norm.weight") as tf.Tensor1D, config.text.rmsNormEps);
+  const { normed, table } = headParts(config, weights, x);
   inspect?.("text.norm", normed);
-  const w = weights(config.text.tied ? "model.embed_tokens.weight" : "lm_head.weight") as tf.Tensor2D;
-  return linear(normed, w);
+  return linear(normed, table);
 }
 
 /** A prompt among packed tokens. */

@@ -23,7 +23,7 @@ export interface PretrainOptions {
   steps: { see: number; use: number; habit: number };
   /** Scenes that pictures are made of. @default {8000} */
   scenes: number;
-  /** Whether the tower rests in `use`. @default {true} */
+  /** Whether the tower rests in `use`. @default {false} */
   freezeTower: boolean;
 }
 
@@ -32,7 +32,7 @@ export const pretrainDefaults: PretrainOptions = {
   seed: 0,
   steps: { see: 600, use: 1000, habit: 100 },
   scenes: 8000,
-  freezeTower: true,
+  freezeTower: false,
 };
 
 /** The stages in order. */

@@ -215,9 +215,8 @@ ${declareBindings(list)}
 fn inner(a: ${vec}, b: ${vec}) -> f32 { return ${width === 1 ? "a * b" : "dot(a, b)"}; }
 @compute @workgroup_size(${threads})
 fn main(@builtin(global_invocation_id) id: vec3u) {
-  let line = id.x / ${heads}u;
+  let line = min(id.x / ${heads}u, rows[0].running - 1u);
   let head = id.x % ${heads}u;
-  if (line >= rows[0].running) { return; }
   ${places(o, vectors)}
   ${
     each(half, (i) => `

@@ -3,6 +3,7 @@ import { hashName } from "../../random.ts";
 import { type Draw, sampleToken } from "../../policy/sampler.ts";
 import { DRAW_PARTS, joinKernel, LOGITS_WORKGROUPS, logitsKernel } from "./draw.ts";
 import { chooseTile, linearKernel, type LinearKind, outputWorkgroups, rowStride, tileRows } from "./linear.ts";
+import { suppressedBits } from "./input.ts";
 import { normals, runKernel, startWebgpu, stepRecord } from "./testing.ts";
 import { NO_ID, NOT_FINITE, ROW_WORDS } from "./wgsl.ts";
 
@@ -14,12 +15,6 @@ function rowWords(rows: number, count: number): Uint32Array<ArrayBuffer> {
   return words;
 }
 const keyOf = (row: number) => [3, 1000 + row, row % 4] as const;
-
-function bitsOf(suppressed: Uint8Array): Uint32Array<ArrayBuffer> {
-  const bits = new Uint32Array(Math.ceil(suppressed.length / 32));
-  suppressed.forEach((s, v) => bits[v >> 5] |= s << (v & 31));
-  return bits;
-}
 
 const record = (rows: number, temperature: number) =>
   stepRecord(
@@ -34,7 +29,7 @@ async function drawAll(logits: Float32Array<ArrayBuffer>, vocab: number, tempera
   const empty = new Uint32Array(rows * DRAW_PARTS * 5), step = record(rows, temperature);
   const parts = await runKernel(
     kernel,
-    [logits, bitsOf(suppressed), rowWords(rows, rows), empty, step],
+    [logits, suppressedBits(suppressed), rowWords(rows, rows), empty, step],
     LOGITS_WORKGROUPS,
     rows,
   );
@@ -150,7 +145,7 @@ async function headDraws(
   const empty = new Uint32Array(count * parts * 5);
   const draws = await runKernel(
     kernel,
-    [xs, norm, w, bitsOf(suppressed), rowWords(rows, count), empty, step],
+    [xs, norm, w, suppressedBits(suppressed), rowWords(rows, count), empty, step],
     groups,
     blocks,
   );

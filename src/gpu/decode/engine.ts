@@ -2,56 +2,21 @@
  * Generation on WebGPU: a decode step is a short list of fused dispatches, recorded once for a batch's shape and encoded again
  * for each token; drawing happens on the device and the host reads ids and log-probs every few tokens only.
  *
+ * Draws follow the counters of `sampler.ts`, so they are the host sampler's except where float32 rounding decides a near tie.
+ * A nucleus (top-p below 1) needs a sort of the vocabulary and is not done here: such calls take the host's loop.
+ *
  * @module
  */
-import type { tf } from "../../deps.ts";
-import { hashName } from "../../random.ts";
 import type { QwenConfig } from "../../policy/config.ts";
 import { textRopeTable } from "../../policy/rope_index.ts";
 import type { Weights } from "../../policy/vision.ts";
+import { checkInput, type DecodeInput, type DecodeOutput, rowRecords, stepRecords, suppressedBits } from "./input.ts";
 import { DeviceMemory, flushTensors, guarded, Pipelines, tensorBuffer, webgpuBackend } from "./memory.ts";
 import { DecodePlan, encodeStep, type Launch, type PlanParts, type PromptBuffers } from "./plan.ts";
 import { WeightBuffers } from "./weights.ts";
-import { NOT_FINITE, ROW_WORDS, STEP_STRIDE } from "./wgsl.ts";
+import { NOT_FINITE } from "./wgsl.ts";
 
-/** What {@linkcode DecodeEngine.generate} needs. Tensors stay the caller's, and must live until the promise settles. */
-export interface DecodeInput {
-  /** Per layer the rotated keys of the prompts, packed `[N, Hkv, d]`. Read where they are. */
-  k: readonly tf.Tensor3D[];
-  /** Per layer the values of the prompts, packed `[N, Hkv, d]`. */
-  v: readonly tf.Tensor3D[];
-  /** Prompt length of each row; they sum to N unless `starts` is given. */
-  lengths: readonly number[];
-  /** First packed token of each row: rows with the same prompt may share it. @default {one row after the other} */
-  starts?: readonly number[];
-  /** Rotary position of each row's first generated token. */
-  nextPosition: readonly number[];
-  /** Logits of each prompt's last token, `[B, V]`. */
-  firstLogits: tf.Tensor2D;
-  /** Names each row's draws: three counters (each < 2³²; the third < 2¹²). */
-  keys: readonly (readonly [number, number, number])[];
-  seed: number;
-  /** 0 is greedy. */
-  temperature: number;
-  /** Vocabulary-sized; 1 at ids that are never drawn. */
-  suppressed: Uint8Array;
-  /** Ids that end a row. */
-  stop: ReadonlySet<number>;
-  maxNewTokens: number;
-  /** Tokens between two looks at what was drawn. A look costs some 10 ms; until then finished rows go on. @default {16} */
-  checkEvery?: number;
-  /** Called for each token with the number of tokens done and rows still running, in order, at the looks. */
-  onToken?: (tokens: number, running: number) => void;
-}
-
-/** What was drawn, a list a row. */
-export interface DecodeOutput {
-  /** The drawn ids, the stop token included. */
-  ids: number[][];
-  /** ln p of each, over ids that are not suppressed, at the temperature (1 for greedy). */
-  logprobs: number[][];
-  finish: ("stop" | "length")[];
-}
+export type { DecodeInput, DecodeOutput } from "./input.ts";
 
 /** Options of {@linkcode DecodeEngine}. */
 export interface DecodeEngineOptions {
@@ -61,7 +26,6 @@ export interface DecodeEngineOptions {
   tableBytes?: number;
 }
 
-const PURPOSE = hashName("sample");
 /** Plans that are kept; the one unused for longest goes first. */
 const MAX_PLANS = 3;
 /** Dispatches a submission: enough to make it cheap, few enough that the device starts early. */
@@ -184,16 +148,29 @@ export class DecodeEngine {
     return buffer;
   }
 
+  /** Runs `f`; where the device refuses what it makes, all plans are dropped, because their buffers may be void. */
+  async #recorded<T>(f: () => T): Promise<T> {
+    try {
+      return await guarded(this.#device, "generation", f);
+    } catch (error) {
+      for (const plan of this.#plans.values()) plan.dispose();
+      this.#plans.clear();
+      if (this.#turns) this.#memory.release(this.#turns.buffer);
+      this.#turns = undefined;
+      throw error;
+    }
+  }
+
   async #generate(input: DecodeInput): Promise<DecodeOutput> {
     const backend = webgpuBackend();
     if (this.#disposed) throw new RangeError("the generation engine was disposed of");
     if (backend?.device !== this.#device) {
       throw new RangeError("the backend has another device than the engine was made on");
     }
-    this.#check(input);
+    checkInput(input, this.#config, this.#device.limits.maxStorageBufferBindingSize);
     const count = input.lengths.length, slots = powerOfTwo(count, 1), capacity = powerOfTwo(input.maxNewTokens, 32);
     flushTensors(backend);
-    const { plan, prompt, first } = await guarded(this.#device, "generation", () => {
+    const { plan, prompt, first } = await this.#recorded(() => {
       const encoder = this.#device.createCommandEncoder();
       this.#parts.weights.refresh(backend, encoder);
       // Norms that lived on the host were uploaded just now, through the backend's own encoder.
@@ -218,81 +195,12 @@ export class DecodeEngine {
     }
   }
 
-  #check(
-    { k, v, lengths, starts, nextPosition, firstLogits, keys, suppressed, maxNewTokens, temperature, ...rest }:
-      DecodeInput,
-  ) {
-    const { layers, kvHeads, headDim, vocabSize } = this.#config.text, count = lengths.length;
-    const fail = (what: string) => {
-      throw new RangeError(`generation: ${what}`);
-    };
-    if (count === 0) fail("there are no rows");
-    if (k.length !== layers || v.length !== layers) {
-      fail(`keys and values of ${layers} layers are needed, got ${k.length}, ${v.length}`);
-    }
-    if (nextPosition.length !== count || keys.length !== count || (starts && starts.length !== count)) {
-      fail(
-        `lengths, starts, positions and keys must be as many, got ${count}, ${starts?.length}, ${nextPosition.length}, ${keys.length}`,
-      );
-    }
-    if (firstLogits.shape[0] !== count || firstLogits.shape[1] !== vocabSize) {
-      fail(`the first logits must be [${count}, ${vocabSize}], got [${firstLogits.shape}]`);
-    }
-    const tokens = k[0].shape[0], wanted = `[${tokens}, ${kvHeads}, ${headDim}]`;
-    for (const x of [...k, ...v]) {
-      if (`[${x.shape.join(", ")}]` !== wanted) fail(`keys and values must be ${wanted}, got [${x.shape}]`);
-    }
-    let end = 0;
-    lengths.forEach((n, i) => {
-      end = (starts?.[i] ?? end) + n;
-      if (!(n >= 1) || end > tokens) fail(`row ${i} has ${n} tokens that end at ${end} of ${tokens}`);
-    });
-    if (suppressed.length !== vocabSize) {
-      fail(`the suppressed ids must be ${vocabSize} flags, got ${suppressed.length}`);
-    }
-    if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
-      fail(`maxNewTokens must be a positive integer, got ${maxNewTokens}`);
-    }
-    if (!(temperature >= 0)) fail(`the temperature must be ≥ 0, got ${temperature}`);
-    if (rest.checkEvery !== undefined && !(rest.checkEvery >= 1)) {
-      fail(`checkEvery must be ≥ 1, got ${rest.checkEvery}`);
-    }
-    const limit = this.#device.limits.maxStorageBufferBindingSize;
-    for (const [name, x] of [["first logits", firstLogits], ["keys of the prompts", k[0]]] as const) {
-      if (x.size * 4 > limit) {
-        fail(`the ${name} take ${x.size * 4} bytes, but the adapter binds ${limit}; generate fewer rows at a time`);
-      }
-    }
-  }
-
   /** Writes row descriptions, step records and suppressed ids. */
   #writeInputs(plan: DecodePlan, input: DecodeInput): void {
-    const { queue } = this.#device, { seed, temperature, suppressed, maxNewTokens } = input;
-    this.#writeRows(plan, input, input.lengths.map((_, i) => i));
-    const steps = new Uint32Array((maxNewTokens * STEP_STRIDE) / 4), floats = new Float32Array(steps.buffer);
-    for (let s = 0; s < maxNewTokens; s++) {
-      const at = (s * STEP_STRIDE) / 4;
-      steps.set([s, plan.slots, ((seed >>> 0) ^ PURPOSE) >>> 0, Math.floor(seed / 4294967296) >>> 0], at);
-      floats[at + 4] = temperature > 0 ? 1 / temperature : 1;
-    }
-    queue.writeBuffer(plan.steps, 0, steps);
-    const bits = new Uint32Array(Math.ceil(suppressed.length / 32));
-    for (let v = 0; v < suppressed.length; v++) if (suppressed[v]) bits[v >> 5] |= 1 << (v & 31);
-    queue.writeBuffer(this.#parts.suppressed, 0, bits);
-  }
-
-  /** Describes the running rows. */
-  #writeRows(plan: DecodePlan, { lengths, starts, nextPosition, keys }: DecodeInput, running: readonly number[]): void {
-    const words = new Uint32Array(running.length * ROW_WORDS), begins: number[] = [];
-    let end = 0;
-    lengths.forEach((n, i) => {
-      begins.push(starts?.[i] ?? end);
-      end = begins[i] + n;
-    });
-    running.forEach((row, i) => {
-      words.set([row, begins[row], lengths[row], nextPosition[row], ...keys[row], running.length], i * ROW_WORDS);
-    });
-    this.#device.queue.writeBuffer(plan.rows, 0, words);
+    const { queue } = this.#device;
+    queue.writeBuffer(plan.rows, 0, rowRecords(input, input.lengths.map((_, i) => i)));
+    queue.writeBuffer(plan.steps, 0, stepRecords(input, plan.slots));
+    queue.writeBuffer(this.#parts.suppressed, 0, suppressedBits(input.suppressed));
   }
 
   async #run(plan: DecodePlan, prompt: PromptBuffers, first: Launch[], input: DecodeInput): Promise<DecodeOutput> {
@@ -307,13 +215,13 @@ export class DecodeEngine {
       const until = Math.min(maxNewTokens, done + Math.ceil(checkEvery));
       if (count !== running.length && until > 1) {
         count = running.length;
-        launches = await guarded(this.#device, "generation", () => plan.step(count, prompt, greedy));
+        launches = await this.#recorded(() => plan.step(count, prompt, greedy));
       }
       this.#submitSteps(first, launches, done, until);
       running = this.#take(await this.#read(plan, done, until), plan.slots, done, running, input, out);
       done = until;
       if (running.length > 0 && running.length < count && done < maxNewTokens) {
-        this.#writeRows(plan, input, running);
+        this.#device.queue.writeBuffer(plan.rows, 0, rowRecords(input, running));
         const embed = plan.embed(running.length);
         this.#submit((pass) => encodeStep(pass, embed, done - 1));
       }

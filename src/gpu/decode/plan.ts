@@ -110,6 +110,7 @@ export class DecodePlan {
   readonly #chunks: TableChunk[];
   #version = -1;
   #groups = new Map<string, GPUBindGroup>();
+  readonly #kernels = new Map<string, Kernel>();
 
   constructor(readonly parts: PlanParts, readonly slots: number, readonly capacity: number) {
     const { config: { text }, memory } = parts,
@@ -148,6 +149,13 @@ export class DecodePlan {
     return chooseTile(rows, depth, this.parts.software);
   }
 
+  /** Layers are alike: a kernel's text is made for the first of them only. */
+  #kernel(options: object, make: () => Kernel): Kernel {
+    const key = JSON.stringify(options), kernel = this.#kernels.get(key) ?? make();
+    this.#kernels.set(key, kernel);
+    return kernel;
+  }
+
   #launch(
     name: string,
     kernel: Kernel,
@@ -175,8 +183,10 @@ export class DecodePlan {
     count: number,
     resources: () => (GPUBuffer | GPUBufferBinding)[],
   ) {
-    const tile = this.#tile(count, depth), eps = this.parts.config.text.rmsNormEps;
-    const kernel = linearKernel({ kind, depth, eps, tile });
+    const tile = this.#tile(count, depth),
+      eps = this.parts.config.text.rmsNormEps,
+      options = { kind, depth, eps, tile };
+    const kernel = this.#kernel(options, () => linearKernel(options));
     return this.#launch(name, kernel, resources, outputWorkgroups(kind, tile), Math.ceil(count / tileRows(tile)));
   }
 
@@ -191,9 +201,8 @@ export class DecodePlan {
     const { slots, capacity } = this,
       lone = software && headDim <= LONE_HEAD,
       sizes = { heads, kvHeads, headDim, slots, capacity };
-    const attention = lone
-      ? loneAttentionKernel({ ...sizes, threads: LONE_THREADS })
-      : attentionKernel({ ...sizes, threads: software ? 32 : 128 });
+    const options = { ...sizes, threads: lone ? LONE_THREADS : software ? 32 : 128 };
+    const attention = this.#kernel(options, () => (lone ? loneAttentionKernel : attentionKernel)(options));
     return [
       this.#linear(
         `${i} qkv`,
