@@ -1,19 +1,18 @@
 /**
  * How many tokens a second does the WebGPU generation engine decode, beside plain tfjs operations on the same backend? Prefill
- * is left out of both: a run of one token is subtracted. Also what the host spends on a step: encoding a recorded list.
+ * is left out of both: a run of one token is subtracted.
  *
  * Run alone: `deno run --no-prompt --allow-read --allow-env=XDG_RUNTIME_DIR,IMAGESCRIPT_WASM_SIMD benchmarks/decode_engine.ts`
  *
  * @module
  */
-import { tf } from "../src/deps.ts";
 import { chooseBackend, describeBackend } from "../src/gpu/backend.ts";
 import { DecodeEngine } from "../src/gpu/decode/engine.ts";
-import { gatherRows, segmentsOf, useKernels } from "../src/policy/ops.ts";
+import { prefill } from "../src/gpu/decode/testing.ts";
+import { useKernels } from "../src/policy/ops.ts";
 import { loadPolicy } from "../src/policy/load.ts";
 import type { Sequence } from "../src/policy/policy.ts";
 import type { QwenPolicy } from "../src/policy/qwen.ts";
-import { head } from "../src/policy/text.ts";
 import { alternate, type Benchmark, median, type Row } from "./benchmark.ts";
 
 const BATCHES = [1, 8, 64], TOKENS = 33, PLAIN_TOKENS = 9, ROUNDS = 3;
@@ -25,23 +24,10 @@ function prompts(policy: QwenPolicy, count: number): Sequence[] {
 
 /** The engine on prompts that are prefilled once; release() frees them. */
 function prepared(policy: QwenPolicy, engine: DecodeEngine, sequences: readonly Sequence[]) {
-  const k: tf.Tensor3D[] = [], v: tf.Tensor3D[] = [], packed = policy.pack(sequences);
-  const firstLogits = tf.tidy(() => {
-    const keysValues = (_layer: number, key: tf.Tensor3D, value: tf.Tensor3D) => {
-      k.push(tf.keep(key.clone()));
-      v.push(tf.keep(value.clone()));
-    };
-    const hidden = policy.hidden(packed, false, { keysValues });
-    const ends = segmentsOf(packed.lengths).cu.slice(1).map((end) => end - 1);
-    return head(policy.config, policy.weights, gatherRows(hidden, ends));
-  });
+  const { release, ...inputs } = prefill(policy, sequences);
   const generate = (maxNewTokens: number) =>
     engine.generate({
-      k,
-      v,
-      firstLogits,
-      lengths: packed.lengths,
-      nextPosition: packed.index.map(({ next }) => next),
+      ...inputs,
       keys: sequences.map((_, i) => [0, i, 0] as const),
       seed: 0,
       temperature: 1,
@@ -50,7 +36,7 @@ function prepared(policy: QwenPolicy, engine: DecodeEngine, sequences: readonly 
       maxNewTokens,
       checkEvery: 64,
     });
-  return { generate, release: () => tf.dispose([...k, ...v, firstLogits]) };
+  return { generate, release };
 }
 
 async function measure(policy: QwenPolicy, engine: DecodeEngine, batch: number): Promise<Row> {
@@ -73,9 +59,9 @@ async function measure(policy: QwenPolicy, engine: DecodeEngine, batch: number):
   };
 }
 
-export const decodeEngine: Benchmark = {
+export const decodeEngine = {
   names: BATCHES.map((batch) => `decode_engine/webgpu/b${batch}`),
-  async run(backend, log) {
+  async run(backend: string, log: (line: string) => void): Promise<Row[]> {
     if (backend !== "webgpu") return [];
     const policy = await loadPolicy(), why = DecodeEngine.unsupported(policy.config);
     if (why !== undefined) {
@@ -94,7 +80,7 @@ export const decodeEngine: Benchmark = {
     }
     return rows;
   },
-};
+} satisfies Benchmark;
 
 if (import.meta.main) {
   console.log(describeBackend(await chooseBackend("webgpu")));
