@@ -48,9 +48,10 @@ async function stepSeconds(policy: QwenPolicy, batch: number, tokens: number): P
 
 async function shapeRows(shape: ShapeName, roof: number, log: (line: string) => void): Promise<Row[]> {
   const { policy, release } = await randomPolicy(shape, (tiny) => configOf(shape, tiny)), rows: Row[] = [];
+  const tokens = onRealGpu() ? 129 : 33;
+  let batch = 0;
   try {
-    const tokens = onRealGpu() ? 129 : 33;
-    for (const batch of BATCHES) {
+    for (batch of BATCHES) {
       const seconds = await stepSeconds(policy, batch, tokens), n = ROUNDS;
       rows.push({ name: `decode/webgpu/${shape}/b${batch}`, value: batch / seconds, unit: "tokens/s", n });
       if (batch > 1) continue;
@@ -62,7 +63,7 @@ async function shapeRows(shape: ShapeName, roof: number, log: (line: string) => 
   } catch (error) {
     // What was measured before the device ran out of room still counts.
     if (!(error instanceof RangeError)) throw error;
-    log(`${shape}: ${error.message}`);
+    log(`${NAME}/${shape} left out from batch ${batch} on: ${error.message}`);
   } finally {
     release();
   }
