@@ -13,7 +13,7 @@ export const tinySha256: Readonly<Record<string, string>> = {
   "merges.txt":
     "215a6aba00d27bcd42b8ad1dccc4b4d23f40decc150bdbf0d5ce6bb2410708df",
   "model.safetensors":
-    "fb76007aa6107f896f1c6048f05b347068e11e863575dc05297863ef545f6423",
+    "62cb311d882c005f9d4dc27a942679e8c386adb2837468a8385f4a4aefc997f4",
   "preprocessor_config.json":
     "6052d7eb803970927216d3f44e728ff428ee2cec52eb2fa13964852080512918",
   "tokenizer.json":
