@@ -43,7 +43,7 @@ function wrap(text: string, width: number): string[] {
 }
 
 function bubble(x: number, y: number, who: string, text: string, colour: string): string {
-  const lines = wrap(text, 34);
+  const lines = wrap(text, 32);
   const spans = lines.map((line, i) => `<tspan x="${x + 10}" dy="${i === 0 ? 0 : 16}">${escape(line)}</tspan>`).join(
     "",
   );
@@ -99,7 +99,7 @@ export async function rolloutPicture(policy: QwenPolicy, sample: Sample, rows: r
       bubble(
         4 * GAP + 2 * SIDE + TEXT,
         y,
-        first.crop ? "shown the crop of the original" : `no usable box (${first.invalid}): the same picture again`,
+        first.crop ? "shown the crop of the original" : `no box (${first.invalid}): the same picture again`,
         `${sample.choices?.join(" ") ?? ""} – answer?`,
         "#eef1f6",
       ),
