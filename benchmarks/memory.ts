@@ -1,6 +1,6 @@
 /**
  * Does memory stay flat over training steps? Runs the default training loop without evaluations and prints resident set,
- * tensors and bytes a step, then the slope of the resident set after the first twenty steps with its standard error:
+ * tensors and bytes a step, then the slope of the resident set after the first fifty steps (collected garbage settles by then) with its standard error:
  *
  * ```sh
  * deno run --allow-read --allow-env=XDG_RUNTIME_DIR,IMAGESCRIPT_WASM_SIMD benchmarks/memory.ts [STEPS]
@@ -13,7 +13,7 @@ import { chooseBackend, describeBackend } from "../src/gpu/backend.ts";
 import { loadPolicy } from "../src/policy/load.ts";
 import { train } from "../src/train.ts";
 
-const steps = Number(Deno.args[0] ?? 70), burnIn = 20;
+const steps = Number(Deno.args[0] ?? 120), burnIn = 50;
 console.log(describeBackend(await chooseBackend("auto")));
 const policy = await loadPolicy(), resident: number[] = [], tensors = new Set<string>();
 for await (const record of train(policy, signs(), { steps, evalEvery: 0 })) {
