@@ -5,7 +5,7 @@
  */
 import { tf } from "../deps.ts";
 import { InputError } from "../run/errors.ts";
-import { type Checkpoint, openCheckpoint, parseJson, saveCheckpoint } from "./checkpoint.ts";
+import { type Checkpoint, expectedTensors, openCheckpoint, parseJson, saveCheckpoint } from "./checkpoint.ts";
 import { ImageProcessor } from "./image_processor.ts";
 import { QwenPolicy } from "./qwen.ts";
 import { tinySha256 } from "./tiny_manifest.ts";
@@ -73,13 +73,13 @@ export async function policyFromCheckpoint(
     maxPixels: options.maxPixels,
   });
   const tokenizer = Tokenizer.fromFiles(files, checkpoint.where);
-  const parameters = new Map<string, tf.Variable>();
+  const parameters = new Map<string, tf.Variable>(), total = expectedTensors(config).size;
   try {
     for await (const { name, shape, data } of checkpoint.tensors()) {
       const initial = tf.tensor(data, [...shape], "float32");
       parameters.set(name, tf.variable(initial, true));
       initial.dispose();
-      options.onProgress?.(parameters.size, 0);
+      options.onProgress?.(parameters.size, total);
     }
   } catch (error) {
     for (const variable of parameters.values()) variable.dispose();

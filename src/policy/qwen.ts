@@ -362,8 +362,9 @@ export class QwenPolicy implements Policy {
   ): TokenLogProbs {
     const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens } = options;
     const rows: number[] = [], targets: number[] = [], counts: number[] = [];
+    let base = 0;
     sequences.forEach(({ ids }, b) => {
-      const base = sequences.slice(0, b).reduce((s, q) => s + q.ids.length, 0), before = rows.length;
+      const before = rows.length;
       if (masks[b].length !== ids.length) {
         throw new RangeError(`sequence ${b} has ${ids.length} tokens but its mask has ${masks[b].length}`);
       }
@@ -374,6 +375,7 @@ export class QwenPolicy implements Policy {
         targets.push(ids[t]);
       }
       counts.push(rows.length - before);
+      base += ids.length;
     });
     const width = Math.max(...counts);
     if (width <= 0) throw new RangeError("no token is masked in: there is nothing to compute log-probs of");
@@ -562,15 +564,16 @@ async function decodeOnDevice(
   input: Omit<DecodeInput, "k" | "v" | "firstLogits">,
 ): Promise<Completion[]> {
   const k: tf.Tensor3D[] = [], v: tf.Tensor3D[] = [];
-  const firstLogits = prefill((_layer, keys, values) => {
-    k.push(tf.keep(keys.clone()));
-    v.push(tf.keep(values.clone()));
-  });
+  let firstLogits: tf.Tensor2D | undefined;
   try {
+    firstLogits = prefill((_layer, keys, values) => {
+      k.push(tf.keep(keys.clone()));
+      v.push(tf.keep(values.clone()));
+    });
     const { ids, logprobs, finish } = await engine.generate({ ...input, k, v, firstLogits });
     return ids.map((row, i) => ({ ids: row, logprobs: logprobs[i], finish: finish[i] }));
   } finally {
-    tf.dispose([k, v, firstLogits]);
+    tf.dispose([k, v, firstLogits ?? []]);
   }
 }
 

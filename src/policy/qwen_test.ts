@@ -115,7 +115,9 @@ Deno.test("a saved policy loads with the same weights", async () => {
   const policy = await open(), folder = await Deno.makeTempDir();
   try {
     await policy.save(`${folder}/copy`);
-    const copy = await loadPolicy(`${folder}/copy`);
+    const seen: string[] = [];
+    const copy = await loadPolicy(`${folder}/copy`, { onProgress: (done, total) => seen.push(`${done}/${total}`) });
+    assert.equal(seen.at(-1), `${policy.parameters.size}/${policy.parameters.size}`);
     assert.deepEqual([...copy.parameters.keys()].sort(), [...policy.parameters.keys()].sort());
     for (const [name, variable] of policy.parameters) {
       assert.deepEqual(copy.parameters.get(name)!.dataSync(), variable.dataSync(), name);

@@ -59,8 +59,8 @@ export function patchLosses(
   patches: tf.Tensor2D,
   views: readonly View[],
   from: number,
-): { colour: tf.Scalar; letter: tf.Scalar; place: tf.Scalar; hits: PatchTargets; logits: tf.Tensor2D } {
-  const hits = patchTargets(views, from), per = PATCHES * PATCHES;
+): { colour: tf.Scalar; letter: tf.Scalar; place: tf.Scalar } {
+  const hits = patchTargets(views), per = PATCHES * PATCHES;
   const hidden = patches.shape[1] / 4;
   const all = tf.reshape(patches, [patches.shape[0] * 4, hidden]) as tf.Tensor2D;
   const rows = tf.slice(all, [from * per, 0], [views.length * per, hidden]);
@@ -79,8 +79,6 @@ export function patchLosses(
     colour: crossEntropy(cut(0, 9), hits.colour),
     letter: crossEntropy(cut(9, 8), hits.letter),
     place: tf.div(tf.sum(smooth), Math.max(1, hits.centres * 4)),
-    hits,
-    logits,
   };
 }
 
@@ -92,7 +90,7 @@ interface PatchTargets {
   centres: number;
 }
 
-function patchTargets(views: readonly View[], _from: number): PatchTargets {
+function patchTargets(views: readonly View[]): PatchTargets {
   const per = PATCHES * PATCHES, n = views.length * per;
   const out: PatchTargets = {
     colour: [],
