@@ -15,12 +15,17 @@ export interface OpenDatasetOptions extends FolderOptions {
 }
 
 /** The names that {@linkcode openDataset} knows, as a person would write them. */
-export const datasetNames = ["signs", "signs:SIZE (e.g. signs:1344)", "a folder with a JSONL file"] as const;
+export const datasetNames = [
+  "signs",
+  "signs:SIZE (e.g. signs:1344)",
+  "signs-shifted (other sizes, counts and backgrounds)",
+  "a folder with a JSONL file",
+] as const;
 
 /**
  * Opens a split of a dataset.
  *
- * @param nameOrDir `signs`, `signs:SIZE` with the side of the pictures in pixels, or the path of a folder. A name goes before
+ * @param nameOrDir `signs`, `signs:SIZE` with the side of the pictures in pixels, `signs-shifted`, or the path of a folder. A name goes before
  * a folder; write `./signs` for a folder called that.
  * @throws {InputError} There is no such dataset or folder, or nothing in it can be used.
  */
@@ -29,8 +34,8 @@ export async function openDataset(
   split: "train" | "heldout",
   options: OpenDatasetOptions = {},
 ): Promise<Dataset> {
-  const [, size] = /^signs(?::(.*))?$/.exec(nameOrDir) ?? [undefined, undefined];
-  if (nameOrDir === "signs" || size !== undefined) return openSigns(nameOrDir, size, split, options.seed);
+  const [, world, size] = /^(signs|signs-shifted)(?::(.*))?$/.exec(nameOrDir) ?? [];
+  if (world) return openSigns(nameOrDir, size, { split, seed: options.seed, world: signsWorlds[world] });
   let isDirectory: boolean;
   try {
     isDirectory = (await Deno.stat(nameOrDir)).isDirectory;
@@ -46,12 +51,14 @@ export async function openDataset(
   return await openFolder(nameOrDir, split, options);
 }
 
-function openSigns(name: string, size: string | undefined, split: "train" | "heldout", seed?: number): Dataset {
+const signsWorlds: Record<string, "standard" | "shifted"> = { signs: "standard", "signs-shifted": "shifted" };
+
+function openSigns(name: string, size: string | undefined, options: Parameters<typeof signs>[0]): Dataset {
   if (size !== undefined && !/^\d+$/.test(size)) {
-    throw new InputError(`dataset "${name}": what follows "signs:" must be a size in pixels, e.g. signs:1344`);
+    throw new InputError(`dataset "${name}": what follows the colon must be a size in pixels, e.g. signs:1344`);
   }
   try {
-    return signs({ split, seed, ...size === undefined ? {} : { size: Number(size) } });
+    return signs({ ...options, ...size === undefined ? {} : { size: Number(size) } });
   } catch (error) {
     if (error instanceof RangeError) throw new InputError(`dataset "${name}": ${error.message}`);
     throw error;

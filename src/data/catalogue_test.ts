@@ -10,14 +10,16 @@ Deno.test("signs are opened by name, with size and seed", async () => {
   const large = await openDataset("signs:1344", "heldout");
   assert.equal(large.name, "signs:1344/heldout");
   assert.equal((await (await large.get(0)).picture()).width, 1344);
+  assert.equal((await openDataset("signs-shifted", "heldout")).name, "signs-shifted/heldout");
+  assert.equal((await openDataset("signs-shifted:1344", "train")).name, "signs-shifted:1344/train");
 });
 
 Deno.test("unknown datasets are answered with the names there are", async () => {
   const wrong: [string, RegExp][] = [
-    ["sings", /no dataset or folder "sings"; there are: signs, signs:SIZE \(e\.g\. signs:1344\), a folder/],
+    ["sings", /no dataset or folder "sings"; there are: signs, signs:SIZE \(e\.g\. signs:1344\), signs-shifted/],
     ["", /no dataset or folder ""/],
-    ["signs:big", /what follows "signs:" must be a size in pixels/],
-    ["signs:", /what follows "signs:"/],
+    ["signs:big", /what follows the colon must be a size in pixels/],
+    ["signs:", /what follows the colon/],
     ["signs:100", /dataset "signs:100": size of a signs picture must be a multiple of 28 from 504 to 4032, got 100/],
   ];
   for (const [name, message] of wrong) {

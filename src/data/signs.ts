@@ -10,7 +10,7 @@
  */
 import { RandomStream } from "../random.ts";
 import type { Box, Dataset, Sample } from "./dataset.ts";
-import { drawScene, textureCount, textureSide } from "./signs_draw.ts";
+import { drawScene, shiftedTextureCount, textureCount, textureSide } from "./signs_draw.ts";
 
 /** Changes whenever the same (seed, split, index) would give another picture or question. */
 const worldVersion = 1;
@@ -69,7 +69,7 @@ export interface Sign {
   readonly plate: Box;
   /** What the plate shows. */
   readonly letter: SignLetter;
-  /** Width and height of a font pixel: 3 (small) or 7 (large). */
+  /** Width and height of a font pixel: 3 (small) or 7 (large); 4 or 6 in the shifted world. */
   readonly scale: number;
 }
 
@@ -77,11 +77,11 @@ export interface Sign {
 export interface Scene {
   /** Width and height of the picture in pixels. */
   readonly size: number;
-  /** Which background, 0 ≤ texture < 12. */
+  /** Which background, 0 ≤ texture < 12; 12 ≤ texture < 18 in the shifted world. */
   readonly texture: number;
   /** Where the background's window starts in the (endlessly repeated) texture. */
   readonly window: readonly [x: number, y: number];
-  /** Four to six, none touching another. */
+  /** Four to six (seven or eight in the shifted world), none touching another. */
   readonly signs: readonly Sign[];
   /** Index into `signs` of the sign that is asked about. */
   readonly target: number;
@@ -106,27 +106,45 @@ export interface SignsOptions {
   size?: number;
   /** The share of large signs, 0..1, whose letters can be read from far away. @default {0.3} */
   largeShare?: number;
+  /**
+   * `shifted` is for measuring out of distribution: the same question about seven or eight signs instead of four to six, of sizes
+   * and letter sizes that the standard world never shows, on striped and coloured backgrounds.
+   *
+   * @default {"standard"}
+   */
+  world?: "standard" | "shifted";
 }
 
-const kinds = {
-  small: { scale: 3, halfSide: [22, 28] },
-  large: { scale: 7, halfSide: [40, 48] },
+/** How the worlds differ. Two centres are further apart than `distance` along x or along y, so that no two signs touch. */
+const worlds = {
+  standard: {
+    purpose: "signs",
+    kinds: { small: { scale: 3, halfSide: [22, 28] }, large: { scale: 7, halfSide: [40, 48] } },
+    count: [4, 6],
+    distance: 100,
+    textures: [0, textureCount],
+  },
+  shifted: {
+    purpose: "signs shifted",
+    kinds: { small: { scale: 4, halfSide: [30, 36] }, large: { scale: 6, halfSide: [52, 60] } },
+    count: [7, 8],
+    distance: 124,
+    textures: [textureCount, shiftedTextureCount],
+  },
 } as const;
-const signCount = [4, 6] as const;
 const colourJitter = 14;
 const letterJitter = 3;
-/** Two centres are further apart than this along x or along y, so that no two signs touch. */
-const centreDistance = 100;
 const splitCode = { train: 0, heldout: 1 } as const;
 
 function checked(options: SignsOptions): Required<SignsOptions> {
-  const { split = "train", size = 672, largeShare = 0.3 } = options;
+  const { split = "train", size = 672, largeShare = 0.3, world = "standard" } = options;
   if (!Object.hasOwn(splitCode, split)) throw new RangeError(`split must be "train" or "heldout", got "${split}"`);
+  if (!Object.hasOwn(worlds, world)) throw new RangeError(`world must be "standard" or "shifted", got "${world}"`);
   if (!Number.isInteger(size) || size % 28 !== 0 || size < 504 || size > 4032) {
     throw new RangeError(`size of a signs picture must be a multiple of 28 from 504 to 4032, got ${size}`);
   }
   if (!(largeShare >= 0 && largeShare <= 1)) throw new RangeError(`largeShare must be from 0 to 1, got ${largeShare}`);
-  return { split, size, largeShare };
+  return { split, size, largeShare, world };
 }
 
 /** An integer in [low, high], both included. */
@@ -135,13 +153,18 @@ function between(random: RandomStream, low: number, high: number): number {
 }
 
 /** Places centres one after another; starts over when the last ones no longer find room. */
-function placeCentres(random: RandomStream, size: number, halves: readonly number[]): [number, number][] {
+function placeCentres(
+  random: RandomStream,
+  size: number,
+  halves: readonly number[],
+  distance: number,
+): [number, number][] {
   for (;;) {
     const centres: [number, number][] = [];
     for (let tries = 0; centres.length < halves.length && tries < 400; tries++) {
       const half = halves[centres.length];
       const x = between(random, half, size - half), y = between(random, half, size - half);
-      if (centres.every(([a, b]) => Math.max(Math.abs(a - x), Math.abs(b - y)) > centreDistance)) centres.push([x, y]);
+      if (centres.every(([a, b]) => Math.max(Math.abs(a - x), Math.abs(b - y)) > distance)) centres.push([x, y]);
     }
     if (centres.length === halves.length) return centres;
   }
@@ -183,19 +206,20 @@ function makeSign(
  * @throws {RangeError} For a seed, index or option out of range.
  */
 export function makeScene(seed: number, index: number, options: SignsOptions = {}): Scene {
-  const { split, size, largeShare } = checked(options);
+  const { split, size, largeShare, world } = checked(options);
+  const { purpose, kinds, count: [least, most], distance, textures: [texture0, texturesN] } = worlds[world];
   if (!Number.isInteger(index) || index < 0 || index >= 2 ** 32) {
     throw new RangeError(`index of a scene must be an integer from 0 to 2^32 - 1, got ${index}`);
   }
-  const random = new RandomStream(seed, "signs", index, splitCode[split]);
-  const texture = random.int(textureCount);
+  const random = new RandomStream(seed, purpose, index, splitCode[split]);
+  const texture = texture0 + random.int(texturesN);
   const window = [random.int(textureSide), random.int(textureSide)] as const;
-  const count = between(random, signCount[0], signCount[1]);
+  const count = between(random, least, most);
   const sizes = Array.from({ length: count }, () => {
     const kind = random.uniform() < largeShare ? kinds.large : kinds.small;
     return { scale: kind.scale, half: between(random, kind.halfSide[0], kind.halfSide[1]) };
   });
-  const centres = placeCentres(random, size, sizes.map(({ half }) => half));
+  const centres = placeCentres(random, size, sizes.map(({ half }) => half), distance);
   const colours = random.shuffle(signColourNames);
   const signs = sizes.map(({ scale, half }, i) => makeSign(random, colours[i], scale, half, centres[i]));
   const target = random.int(count);
@@ -245,15 +269,16 @@ export function sceneSample(scene: Scene, id: string): Sample {
 export function signs(options: SignsOptions & { seed?: number } = {}): Dataset {
   const { seed = 0 } = options;
   const settings = checked(options);
-  const { split, size, largeShare } = settings;
+  const { split, size, largeShare, world } = settings;
+  const name = world === "standard" ? "signs" : "signs-shifted";
   new RandomStream(seed, "signs"); // refuses a bad seed here rather than at the first sample
   return {
-    name: size === 672 ? `signs/${split}` : `signs:${size}/${split}`,
+    name: size === 672 ? `${name}/${split}` : `${name}:${size}/${split}`,
     size: Infinity,
     // Coordinates are said on a grid of 4 resized pixels and sides must exceed the limit: with 7, two grid steps are valid.
     // Two grid steps are 48 pixels of the original at the default sixfold reduction.
     hints: { minBoxSide: 7, minCropSide: 48, squareCrop: true },
-    fingerprint: `signs v${worldVersion} split=${split} seed=${seed} size=${size} largeShare=${largeShare}`,
-    get: async (index) => await sceneSample(makeScene(seed, index, settings), `signs-${split}-${seed}-${index}`),
+    fingerprint: `${name} v${worldVersion} split=${split} seed=${seed} size=${size} largeShare=${largeShare}`,
+    get: async (index) => await sceneSample(makeScene(seed, index, settings), `${name}-${split}-${seed}-${index}`),
   };
 }

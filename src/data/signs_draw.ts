@@ -11,6 +11,8 @@ import type { Scene, Sign, SignLetter } from "./signs.ts";
 
 /** How many background textures there are. */
 export const textureCount = 12;
+/** How many further ones the shifted world has; they follow the others. */
+export const shiftedTextureCount = 6;
 /** Width and height of a texture in pixels; it repeats without a seam. */
 export const textureSide = 1024;
 
@@ -97,20 +99,30 @@ function addOctaveRow(wide: Float32Array, n: number, y: number, gain: readonly n
   }
 }
 
+/** Stripes across a texture, `[side]` along a row at height y, without a seam: whole numbers of periods along either side. */
+type Stripes = (x: number, y: number) => number;
+
+function makeStripes(random: RandomStream): Stripes {
+  const across = 4 + random.int(12), down = random.int(16), height = random.uniform(10, 22);
+  return (x, y) => Math.sin(2 * Math.PI * (across * x + down * y) / textureSide) > 0 ? height : -height;
+}
+
 function makeTexture(kind: number): Uint32Array {
-  const side = textureSide;
+  const side = textureSide, isShifted = kind >= textureCount;
   const random = new RandomStream(1234, "signs texture", kind);
-  const grey = random.uniform(90, 165);
-  const base = [0, 1, 2].map(() => grey + random.uniform(-14, 14));
+  const grey = random.uniform(90, 165), tint = isShifted ? 34 : 14;
+  const base = [0, 1, 2].map(() => grey + random.uniform(-tint, tint));
   const layers = octaves.map(([n, amplitude]) => {
     const gain = [0, 1, 2].map(() => amplitude * (1 + 0.3 * random.normal()));
     return { n, gain, wide: widen(noise(random, n * n), n) };
   });
+  const stripes = isShifted ? makeStripes(random) : undefined;
   const rgba = new Uint8ClampedArray(side * side * 4);
   const sums = new Float32Array(3 * side);
   for (let y = 0, o = 0; y < side; y++) {
     for (let c = 0; c < 3; c++) sums.fill(base[c], c * side, (c + 1) * side);
     for (const { n, gain, wide } of layers) addOctaveRow(wide, n, y, gain, sums);
+    if (stripes) { for (let i = 0; i < sums.length; i++) sums[i] += stripes(i % side, y); }
     for (let x = 0; x < side; x++, o += 4) {
       rgba[o] = sums[x];
       rgba[o + 1] = sums[side + x];

@@ -185,3 +185,25 @@ Deno.test("settings out of range are named", async () => {
   await assert.rejects(signs().get(-1), /index of a scene must be an integer/);
   await assert.rejects(signs().get(2 ** 32), RangeError);
 });
+
+Deno.test("the shifted world asks the same about what the standard one never shows", () => {
+  const shifted = { split: "heldout", world: "shifted" } as const;
+  const scenes = Array.from({ length: 400 }, (_, index) => makeScene(5, index, shifted));
+  for (const scene of scenes) {
+    assert.ok(scene.signs.length === 7 || scene.signs.length === 8);
+    assert.ok(scene.texture >= 12 && scene.texture < 18);
+    assert.equal(scene.question, `which letter is on the ${scene.signs[scene.target].colour} sign?`);
+    scene.signs.forEach(({ scale, side, plate: [l, t, r, b], box: [left, top, right, bottom], centre }, i) => {
+      assert.ok(scale === 4 ? side >= 60 && side <= 72 : scale === 6 && side >= 104 && side <= 120);
+      assert.ok(left >= 0 && top >= 0 && right <= 672 && bottom <= 672);
+      assert.ok(l > left && t > top && r < right && b < bottom, "the plate lies inside the sign");
+      for (const { centre: [x, y] } of scene.signs.slice(0, i)) {
+        assert.ok(Math.max(Math.abs(x - centre[0]), Math.abs(y - centre[1])) > 124);
+      }
+    });
+  }
+  assert.equal(new Set(scenes.map((s) => s.texture)).size, 6);
+  assert.throws(() => makeScene(0, 0, { world: "other" as "shifted" }), /world must be "standard" or "shifted"/);
+  assert.match(signs(shifted).fingerprint, /^signs-shifted v1/);
+  assert.notEqual(signs(shifted).name, signs({ split: "heldout" }).name);
+});
