@@ -1,11 +1,14 @@
 /**
- * All benchmarks behind one command line, that of `deno task bench`. Also an entry point of its own for a bare GPU machine: bundled
- * into one file it needs nothing but the folder of the embedded policy beside it:
+ * All benchmarks behind one command line, that of `deno task bench`. Also an entry point of its own for a bare GPU machine:
+ * `deno task bundle` makes one file of it, which may be bundled again by any packer and needs nothing but the folder of the embedded
+ * policy beside it:
  *
  * ```sh
- * deno bundle --platform deno --external '*.node' --output app.js benchmarks/all.ts
- * deno run --allow-read --allow-write app.js --tiny fixtures/tiny --json bench.json
+ * deno task bundle
+ * deno run --allow-read --allow-write .gpu/bench.js --tiny fixtures/tiny --json bench.json
  * ```
+ *
+ * (The bundle needs WebGPU: the WebAssembly backend looks for its binary in the npm cache and is left out, with a line.)
  *
  * A benchmark that fails is reported and the others still run; the JSON file is written again after each one, so that a run that is
  * cut short leaves what it has measured.
