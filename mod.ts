@@ -77,6 +77,7 @@ export {
   signShapes,
   type SignsOptions,
 } from "./src/data/signs.ts";
+export { counting, type CountingMetrics, countingMetrics } from "./src/data/counting.ts";
 export { drawScene } from "./src/data/signs_draw.ts";
 export { type FolderDataset, type FolderOptions, openFolder, type RowProblem } from "./src/data/folder.ts";
 export { openDataset, type OpenDatasetOptions } from "./src/data/catalogue.ts";
@@ -106,6 +107,10 @@ export {
   iouReward,
   isCorrect,
   lengthPenalty,
+  matchPoints,
+  parsePoints,
+  type Point,
+  pointReward,
   type RewardFunction,
   type RewardPart,
   type RewardValue,

@@ -54,9 +54,9 @@ Deno.test("the public API is what it was: a removed or renamed export is a decis
   // deno-fmt-ignore
   assert.deepEqual(names, [
     "AdamW", "InputError", "Picture", "QwenPolicy", "Trainer", "Training", "binaryReward", "boxedAnswer", "chooseBackend",
-    "combineRewards", "cropBox", "defaultTemplate", "describeBackend", "drawScene", "evaluate", "formatReward",
+    "combineRewards", "counting", "countingMetrics", "cropBox", "defaultTemplate", "describeBackend", "drawScene", "evaluate", "formatReward",
     "groupAdvantages", "hitReward", "invalidReasons", "iouReward", "isCorrect", "lengthPenalty", "loadPolicy", "makeScene",
-    "openDataset", "openFolder", "parseBox", "policyLoss", "rollout", "schedule", "signColours", "signLetters", "signShapes",
+    "matchPoints",    "openDataset", "openFolder", "parseBox", "parsePoints", "pointReward", "policyLoss", "rollout", "schedule", "signColours", "signLetters", "signShapes",
     "signs", "summarize", "tinyPolicyUrl", "toOriginal", "train", "trajectoryToJson", "useKernels", "validBoxReward",
   ]);
 });

@@ -5,6 +5,7 @@
  * - `@tensorflow/tfjs` and its backends: tensors, gradients, the plain kernels.
  * - `imagescript`: PNG and JPEG decoding, cropping, drawing.
  * - `@huggingface/tokenizers`, `@huggingface/jinja`: tokenizer.json and chat templates exactly as transformers reads them.
+ * - `linear-sum-assignment`: one-to-one matching of points at least cost, for the counting reward.
  *
  * @module
  */
@@ -15,3 +16,4 @@ import "./deps_imagescript.ts";
 export { Image } from "npm:imagescript@1.3.1";
 export { Tokenizer as HFTokenizer } from "npm:@huggingface/tokenizers@0.2.0";
 export { Template } from "npm:@huggingface/jinja@0.5.11";
+export { linearSumAssignment } from "npm:linear-sum-assignment@1.0.9";

@@ -8,6 +8,7 @@
  * @module
  */
 import type { Box, Sample } from "./data/dataset.ts";
+import { linearSumAssignment } from "./deps.ts";
 import { toOriginal, type Trajectory, type TurnRecord } from "./rollout.ts";
 
 /** A reward of one trajectory, a finite number. */
@@ -181,6 +182,59 @@ export function lengthPenalty(limit: number, margin: number): RewardFunction {
     return n <= limit - margin ? 0 : Math.max(-1, (limit - margin - n) / margin);
   };
 }
+
+// ---- Points --------------------------------------------------------------------------------------------------------
+
+/** A place in a picture. */
+export type Point = readonly [x: number, y: number];
+
+/**
+ * Every point that a reply names, in its order: `{"point_2d": [x, y]}` and plain `(x, y)`, numbers of any sign, in pixels of the
+ * resized picture.
+ */
+export function parsePoints(text: string): Point[] {
+  const number = String.raw`([+-]?\d+(?:\.\d+)?)`, pair = String.raw`${number}\s*,\s*${number}`;
+  const pattern = new RegExp(String.raw`"point_2d"\s*:\s*\[\s*${pair}\s*\]|\(\s*${pair}\s*\)`, "g");
+  return Array.from(text.matchAll(pattern), ([, a, b, c, d]) => [Number(a ?? c), Number(b ?? d)]);
+}
+
+/**
+ * One-to-one matching of two sets of points, of which as many pairs as can be are within the tolerance and, among such
+ * matchings, the sum of distances is least (the Hungarian assignment of the paper's appendix).
+ *
+ * @returns Pairs of indices `[predicted, reference]` within the tolerance.
+ */
+export function matchPoints(
+  predicted: readonly Point[],
+  reference: readonly Point[],
+  tolerance: number,
+): [predicted: number, reference: number][] {
+  if (predicted.length === 0 || reference.length === 0) return [];
+  // A pair out of reach costs more than all pairs within reach together, so the number of pairs goes before their distances.
+  const far = 1 + Math.min(predicted.length, reference.length);
+  const cost = predicted.map(([x, y]) =>
+    reference.map(([a, b]) => {
+      const distance = Math.hypot(x - a, y - b) / tolerance;
+      return distance <= 1 ? distance : far;
+    })
+  );
+  const { rowAssignments } = linearSumAssignment(cost, { maximaze: false });
+  return Array.from(rowAssignments).flatMap((to, from): [number, number][] =>
+    to >= 0 && cost[from][to] < far ? [[from, to]] : []
+  );
+}
+
+/**
+ * The point reward of counting (paper's appendix): the share of points of the last reply that match reference points one to one,
+ * matched / max(predicted, reference), 0..1; 0 for samples without points.
+ */
+export const pointReward: RewardFunction = (sample, trajectory): number => {
+  const { inputSize: [w, h], pictureSize: [W, H] } = trajectory;
+  if (!sample.points?.length) return 0;
+  const points = parsePoints(lastText(trajectory)).map(([x, y]): Point => [x * W / w, y * H / h]);
+  const { pointTolerance = 0.05 * Math.hypot(W, H) } = sample;
+  return matchPoints(points, sample.points, pointTolerance).length / Math.max(points.length, sample.points.length);
+};
 
 /** One part of a combined reward. */
 export interface RewardPart {

@@ -11,10 +11,15 @@ import {
   iouReward,
   isCorrect,
   lengthPenalty,
+  matchPoints,
   normalizeAnswer,
+  parsePoints,
+  type Point,
+  pointReward,
   sameAnswer,
   validBoxReward,
 } from "./reward.ts";
+import { RandomStream } from "./random.ts";
 import type { Trajectory, TurnRecord } from "./rollout.ts";
 
 Deno.test("boxedAnswer takes the last complete box, braces balanced", () => {
@@ -257,4 +262,59 @@ Deno.test("combineRewards weighs by name and refuses what is not a number", () =
   assert.throws(() => combineRewards({ a: { reward: binaryReward, weight: NaN } }), /"a"/);
   const broken = combineRewards({ bad: { reward: () => NaN, weight: 1 } });
   assert.throws(() => broken(sample, trajectory(turn(""))), /"bad" of sample s/);
+});
+
+Deno.test("parsePoints reads JSON points and pairs in brackets, in order", () => {
+  const text = '[{"point_2d": [1, 2.5], "label": "a"}] then (3,4), ( -5 , 6 ) but not (A) nor (7) nor [8, 9]';
+  assert.deepEqual(parsePoints(text), [[1, 2.5], [3, 4], [-5, 6]]);
+  assert.deepEqual(parsePoints(""), []);
+});
+
+/** The best matching by trying all: most pairs, then least distance. */
+function bestMatching(predicted: readonly Point[], reference: readonly Point[], tolerance: number): [number, number] {
+  let best: [number, number] = [0, 0];
+  const visit = (at: number, used: number, pairs: number, sum: number) => {
+    if (pairs > best[0] || (pairs === best[0] && sum < best[1])) best = [pairs, sum];
+    if (at === predicted.length) return;
+    visit(at + 1, used, pairs, sum);
+    reference.forEach(([a, b], j) => {
+      const d = Math.hypot(predicted[at][0] - a, predicted[at][1] - b);
+      if (d <= tolerance && !(used >> j & 1)) visit(at + 1, used | 1 << j, pairs + 1, sum + d);
+    });
+  };
+  visit(0, 0, 0, 0);
+  return best;
+}
+
+Deno.test("matchPoints finds as many pairs as there can be, at least distance", () => {
+  const random = new RandomStream(1, "match points");
+  const points = (n: number) => Array.from({ length: n }, (): Point => [random.int(60), random.int(60)]);
+  for (let round = 0; round < 300; round++) {
+    const predicted = points(random.int(6)), reference = points(random.int(6)), tolerance = 5 + random.int(40);
+    const pairs = matchPoints(predicted, reference, tolerance);
+    assert.equal(new Set(pairs.map(([p]) => p)).size, pairs.length);
+    assert.equal(new Set(pairs.map(([, r]) => r)).size, pairs.length);
+    const distances = pairs.map(([p, r]) =>
+      Math.hypot(predicted[p][0] - reference[r][0], predicted[p][1] - reference[r][1])
+    );
+    assert.ok(distances.every((d) => d <= tolerance));
+    const [count, sum] = bestMatching(predicted, reference, tolerance);
+    assert.equal(pairs.length, count);
+    assert.ok(Math.abs(distances.reduce((a, b) => a + b, 0) - sum) < 1e-9);
+  }
+});
+
+Deno.test("pointReward is the matched share, in pixels of the original", () => {
+  const sample: Sample = {
+    ...{ id: "c", question: "how many?", answer: "2", points: [[100, 100], [300, 200]], pointTolerance: 20 },
+    picture: () => Promise.reject(new Error("not needed")),
+  };
+  const reply = (text: string) =>
+    ({ inputSize: [112, 112], pictureSize: [448, 448], turns: [{ text }] }) as unknown as Trajectory;
+  assert.equal(pointReward(sample, reply("(25, 25) (75, 50) \\boxed{2}")), 1);
+  assert.equal(pointReward(sample, reply("(25, 25) \\boxed{2}")), 0.5);
+  assert.equal(pointReward(sample, reply("(25, 25) (25, 26) (75, 50) (0, 0)")), 0.5);
+  assert.equal(pointReward(sample, reply("(100, 100)")), 0);
+  assert.equal(pointReward(sample, reply("\\boxed{2}")), 0);
+  assert.equal(pointReward({ ...sample, points: undefined }, reply("(25, 25)")), 0);
 });

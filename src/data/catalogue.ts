@@ -4,6 +4,7 @@
  * @module
  */
 import { InputError } from "../run/errors.ts";
+import { counting } from "./counting.ts";
 import type { Dataset } from "./dataset.ts";
 import { type FolderOptions, openFolder, type RowProblem } from "./folder.ts";
 import { signs } from "./signs.ts";
@@ -19,13 +20,14 @@ export const datasetNames = [
   "signs",
   "signs:SIZE (e.g. signs:1344)",
   "signs-shifted (other sizes, counts and backgrounds)",
+  "counting",
   "a folder with a JSONL file",
 ] as const;
 
 /**
  * Opens a split of a dataset.
  *
- * @param nameOrDir `signs`, `signs:SIZE` with the side of the pictures in pixels, `signs-shifted`, or the path of a folder. A name goes before
+ * @param nameOrDir `signs`, `signs:SIZE` with the side of the pictures in pixels, `signs-shifted`, `counting`, or the path of a folder. A name goes before
  * a folder; write `./signs` for a folder called that.
  * @throws {InputError} There is no such dataset or folder, or nothing in it can be used.
  */
@@ -34,6 +36,7 @@ export async function openDataset(
   split: "train" | "heldout",
   options: OpenDatasetOptions = {},
 ): Promise<Dataset> {
+  if (nameOrDir === "counting") return counting({ split, seed: options.seed });
   const [, world, size] = /^(signs|signs-shifted)(?::(.*))?$/.exec(nameOrDir) ?? [];
   if (world) return openSigns(nameOrDir, size, { split, seed: options.seed, world: signsWorlds[world] });
   let isDirectory: boolean;

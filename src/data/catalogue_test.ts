@@ -11,6 +11,7 @@ Deno.test("signs are opened by name, with size and seed", async () => {
   assert.equal(large.name, "signs:1344/heldout");
   assert.equal((await (await large.get(0)).picture()).width, 1344);
   assert.equal((await openDataset("signs-shifted", "heldout")).name, "signs-shifted/heldout");
+  assert.equal((await openDataset("counting", "heldout")).name, "counting/heldout");
   assert.equal((await openDataset("signs-shifted:1344", "train")).name, "signs-shifted:1344/train");
 });
 

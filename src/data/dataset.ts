@@ -28,6 +28,10 @@ export interface Sample {
   readonly answer: string;
   /** What the picture must show for the question to be answerable, in pixels of the original; for the hit ratio only. */
   readonly boxes?: readonly Box[];
+  /** Questions of counting: where the counted things are, `[x, y]` in pixels of the original; for the point reward only. */
+  readonly points?: readonly (readonly [number, number])[];
+  /** How far from a reference point a predicted one may lie, in pixels of the original. @default {5 % of the diagonal} */
+  readonly pointTolerance?: number;
   /** Further named regions, measured like `boxes` and logged as `grounding/<name>_ratio`. */
   readonly regions?: Readonly<Record<string, readonly Box[]>>;
 }

@@ -152,8 +152,14 @@ function between(random: RandomStream, low: number, high: number): number {
   return low + random.int(high - low + 1);
 }
 
-/** Places centres one after another; starts over when the last ones no longer find room. */
-function placeCentres(
+/**
+ * Places the centres of signs one after another; starts over when the last ones no longer find room.
+ *
+ * @param size Width and height of the picture in pixels.
+ * @param halves Half the side of each sign in pixels.
+ * @param distance Two centres are further apart than this along x or along y.
+ */
+export function placeCentres(
   random: RandomStream,
   size: number,
   halves: readonly number[],
@@ -170,7 +176,8 @@ function placeCentres(
   }
 }
 
-function makeSign(
+/** Draws what is left to chance of a sign: its exact colour, its shape, its letter and where the plate hangs. */
+export function makeSign(
   random: RandomStream,
   colour: SignColour,
   scale: number,

@@ -8,7 +8,15 @@ import type { Dataset } from "../data/dataset.ts";
 import { type BackendChoice, chooseBackend, describeBackend } from "../gpu/backend.ts";
 import { loadPolicy } from "../policy/load.ts";
 import { useKernels } from "../policy/ops.ts";
-import { binaryReward, formatReward, hitReward, iouReward, type RewardPart, validBoxReward } from "../reward.ts";
+import {
+  binaryReward,
+  formatReward,
+  hitReward,
+  iouReward,
+  pointReward,
+  type RewardPart,
+  validBoxReward,
+} from "../reward.ts";
 import { type PromptTemplate, resolveTemplate } from "../rollout.ts";
 import { evaluateTable, splitByTable, type TrainOptions, trainTable } from "../settings.ts";
 import { Training, type TrainParts } from "../train.ts";
@@ -71,7 +79,7 @@ export const trainTaskTable = optionTable({
     kind: "string",
     value: "NAME=W,…",
     default: "binary",
-    help: "Rewards added up by weight: binary, format, valid_box, hit, iou; e.g. binary=1,format=0.1.",
+    help: "Rewards added up by weight: binary, format, valid_box, hit, iou, point; e.g. binary=1,format=0.1.",
   },
   checkpointEvery: {
     kind: "integer",
@@ -142,6 +150,7 @@ export function parseTrainTask(args: readonly string[]): { task: TrainTaskOption
 export function parseReward(text: string): Record<string, RewardPart> {
   const known: Record<string, RewardPart["reward"]> = {
     ...{ binary: binaryReward, format: formatReward, valid_box: validBoxReward, hit: hitReward, iou: iouReward },
+    point: pointReward,
   };
   const parts: Record<string, RewardPart> = {};
   for (const part of text.split(",")) {
