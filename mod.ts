@@ -58,11 +58,12 @@ export type {
   Message,
   MessagePart,
   Policy,
+  PrefixCache,
   Sequence,
   TokenLogProbs,
 } from "./src/policy/policy.ts";
 export { type DecodeOptions, Picture } from "./src/policy/picture.ts";
-export type { Box, Dataset, DatasetHints, Sample } from "./src/data/dataset.ts";
+export type { Box, Dataset, DatasetHints, Demonstration, Sample } from "./src/data/dataset.ts";
 export {
   makeScene,
   type Rgb,

@@ -5,10 +5,13 @@
  *
  * @module
  */
-import type { Dataset, Sample } from "./data/dataset.ts";
+import type { Box, Dataset, Sample } from "./data/dataset.ts";
+import { Picture } from "./policy/picture.ts";
 import type { Policy } from "./policy/policy.ts";
+import { RandomStream } from "./random.ts";
 import { boxedAnswer, isCorrect } from "./reward.ts";
-import { type PromptTemplate, rollout, type Trajectory } from "./rollout.ts";
+import { boxAround, cropBox, mayGround, rollout, rolloutDefaults } from "./rollout.ts";
+import type { PromptTemplate, RolloutOptions, Trajectory } from "./rollout.ts";
 import { InputError } from "./run/errors.ts";
 import { resolveOptions } from "./run/options.ts";
 import { evaluationPositions, readSamples, yieldToEvents } from "./samples.ts";
@@ -56,9 +59,9 @@ export interface EvaluationItem {
   answer?: string;
   /** The sample's right answer. */
   expected: string;
-  /** Grounding runs: whether the first grounding turn gave a valid box. */
+  /** Grounding runs: whether the first turn gave a valid box, whatever was cut out. */
   valid?: boolean;
-  /** Why not. */
+  /** Why not; absent where it answered at once (free form). */
   invalid?: string;
   /** Whether its crop contains all boxes of the sample. */
   hit?: boolean;
@@ -135,16 +138,22 @@ export async function evaluate(
   options: EvaluateOptions & EvaluateParts = {},
 ): Promise<Evaluation> {
   const { template, onProgress, ...given } = options;
-  const { items, batchSize, ...settings } = withHints(resolveOptions(evaluateTable, given), dataset.hints);
+  const resolved = withHints(resolveOptions(evaluateTable, given), dataset.hints);
+  const { items, batchSize, boxes, blank, ...settings } = resolved;
   const { turns, temperature, seed } = settings;
+  if (boxes !== "own" && turns === 1) throw new InputError(`boxes = ${boxes}: needs turns that ground; got turns = 1`);
+  const cropInstead = boxes === "own" ? undefined : otherCrop(boxes, settings);
   const maxNewTokens = maxNewTokensFor(policy, settings.maxNewTokens);
   const positions = evaluationPositions(dataset.size, items, seed);
   const records: EvaluationItem[] = [], skipped: Evaluation["skipped"] = [];
   let clipped = 0, replies = 0;
   for (let from = 0; from < positions.length; from += batchSize) {
-    const samples = await readSamples(dataset, positions.slice(from, from + batchSize));
+    const read = await readSamples(dataset, positions.slice(from, from + batchSize));
+    const samples = blank || boxes === "true"
+      ? read.map((sample) => ({ ...sample, picture: () => pictureOf(sample, boxes, blank) }))
+      : read;
     const place = { groupSize: 1, step: 0, firstPrompt: from };
-    const batch = await rollout(policy, samples, { ...settings, maxNewTokens, template, ...place });
+    const batch = await rollout(policy, samples, { ...settings, maxNewTokens, template, cropInstead, ...place });
     for (const trajectory of batch.trajectories) {
       records.push(itemOf(samples[trajectory.prompt - from], trajectory));
       replies += trajectory.turns.length;
@@ -178,11 +187,49 @@ export async function evaluate(
   };
 }
 
+type Boxes = NonNullable<EvaluateOptions["boxes"]>;
+
+/** The picture of a sample under the controls of an evaluation. */
+async function pictureOf(sample: Sample, boxes: Boxes, blank: boolean): Promise<Picture> {
+  const picture = await sample.picture();
+  if (boxes === "true" && !sample.boxes?.length) {
+    throw new InputError(`sample ${sample.id} has no boxes, which boxes = true needs`);
+  }
+  if (!blank) return picture;
+  const { width, height } = picture;
+  return Picture.fromRgb(new Uint8Array(3 * width * height).fill(128), width, height);
+}
+
+/** What is cut out whatever the policy asked for. */
+function otherCrop(boxes: Exclude<Boxes, "own">, options: RolloutOptions): RolloutOptions["cropInstead"] {
+  return (sample, trajectory) => {
+    const { inputSize, pictureSize } = trajectory;
+    if (boxes === "whole") return [0, 0, ...pictureSize];
+    const box = boxes === "true"
+      ? boxAround(sample.boxes!, inputSize, pictureSize, options)
+      : randomBox(trajectory, options);
+    return cropBox(box, inputSize, pictureSize, options);
+  };
+}
+
+/** A box as large as the policy's own, or with sides of a sixth of the picture's where it gave none, anywhere in the picture. */
+function randomBox({ prompt, rollout, turns, inputSize }: Trajectory, options: RolloutOptions): Box {
+  const { seed, minBoxSide = rolloutDefaults.minBoxSide } = options;
+  const random = new RandomStream(seed ?? 0, "random box", prompt, rollout, turns.length);
+  const own = turns[turns.length - 1].box;
+  const ends = ([0, 1] as const).map((axis) => {
+    const limit = inputSize[axis], typical = Math.max(Math.floor(minBoxSide) + 1, Math.round(limit / 6));
+    const side = own ? own[axis + 2] - own[axis] : Math.min(limit, typical), from = random.int(limit - side + 1);
+    return [from, from + side];
+  });
+  return [ends[0][0], ends[1][0], ends[0][1], ends[1][1]];
+}
+
 function itemOf(sample: Sample, { sampleId, turns }: Trajectory): EvaluationItem {
   const text = turns[turns.length - 1].text, answer = boxedAnswer(text);
   const item: EvaluationItem = { sampleId, correct: isCorrect(sample, text), expected: sample.answer };
   if (answer !== undefined) item.answer = answer;
-  if (turns.length === 1) return item;
+  if (!mayGround(turns[0])) return item;
   const { box, invalid, hit, regions } = turns[0];
   item.valid = box !== undefined;
   if (invalid) item.invalid = invalid;

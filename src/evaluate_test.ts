@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { signs } from "./data/signs.ts";
 import type { Dataset } from "./data/dataset.ts";
 import { difference, evaluate, evaluationMetrics, proportion, summarizeItems } from "./evaluate.ts";
+import { boxAround, cropBox } from "./rollout.ts";
 import { InputError } from "./run/errors.ts";
 import { ScriptedPolicy } from "./testing_policy.ts";
 
@@ -100,6 +101,75 @@ Deno.test("one-turn evaluation has no grounding; cut replies are counted", async
   const cut = await evaluate(policy, dataset, { items: 10, turns: 1, maxNewTokens: [3] });
   assert.equal(cut.accuracy.count, 0);
   assert.ok(cut.clipped.count >= 5);
+});
+
+/** Keys of the pictures that a policy was shown. */
+async function keysShown(policy: ScriptedPolicy, dataset: Dataset, options: Parameters<typeof evaluate>[2]) {
+  const keys: string[] = [], prepare = policy.prepareImage;
+  policy.prepareImage = (picture) => {
+    const image = prepare(picture);
+    keys.push(image.key);
+    return image;
+  };
+  const result = await evaluate(policy, dataset, { maxNewTokens: [200], ...options });
+  policy.prepareImage = prepare;
+  return { keys, result };
+}
+
+Deno.test("the crop can be a random, the true or the whole area, the picture blank; the policy's own box stays on record", async () => {
+  const dataset = signs({ split: "heldout" }), items = 4;
+  const policy = new ScriptedPolicy((text, [, row, turn]) =>
+    turn === 0 ? row % 2 === 0 ? '[{"bbox_2d": [0, 0, 20, 12], "label": "x"}]' : "no" : `\\boxed{${text.length % 7}}`
+  );
+  const samples = await Promise.all(Array.from({ length: items }, (_, i) => dataset.get(i)));
+  const pictures = await Promise.all(samples.map((sample) => sample.picture()));
+  const wholeKeys = pictures.map((picture) => picture.fingerprint);
+  const own = await keysShown(policy, dataset, { items });
+  assert.equal(own.keys.length, items + items / 2, "a crop of every second item");
+  for (const boxes of ["random", "true", "whole"] as const) {
+    const { keys, result } = await keysShown(policy, dataset, { items, boxes });
+    assert.deepEqual(keys.slice(0, items), wholeKeys);
+    assert.equal(keys.length, 2 * items, "a crop of every item");
+    assert.deepEqual(result.items.map(({ valid, hit }) => [valid, hit]), own.result.items.map((i) => [i.valid, i.hit]));
+    if (boxes === "whole") assert.deepEqual(keys.slice(items), wholeKeys);
+    if (boxes === "true") {
+      const expected = samples.map(({ boxes }, i) => {
+        const around = boxAround(boxes!, [112, 112], [672, 672], dataset.hints);
+        return pictures[i].crop(cropBox(around, [112, 112], [672, 672], dataset.hints)).fingerprint;
+      });
+      assert.deepEqual(keys.slice(items), expected);
+    }
+    const again = await keysShown(policy, dataset, { items, boxes, batchSize: 3 });
+    assert.deepEqual(again.keys.toSorted(), keys.toSorted(), "draws don't depend on the batch");
+    if (boxes !== "random") continue;
+    const other = await keysShown(policy, dataset, { items, boxes, seed: 1 });
+    assert.notDeepEqual(other.keys.slice(items), keys.slice(items));
+  }
+  const { keys } = await keysShown(policy, dataset, { items, blank: true });
+  assert.equal(new Set(keys.slice(0, items)).size, 1, "all pictures are the same grey");
+  const none: Dataset = { ...dataset, get: async (i) => ({ ...await dataset.get(i), boxes: undefined }) };
+  await assert.rejects(evaluate(policy, none, { items, boxes: "true" }), /has no boxes, which boxes = true needs/);
+  await assert.rejects(
+    evaluate(policy, dataset, { turns: 1, boxes: "whole" }),
+    /boxes = whole: needs turns that ground/,
+  );
+});
+
+Deno.test("in the free form the last reply is the answer, and the first tells whether it grounded", async () => {
+  const dataset = signs({ split: "heldout" });
+  const right = (await dataset.get(0)).answer;
+  const policy = new ScriptedPolicy((_, [, row, turn]) =>
+    turn === 0 && row > 0 ? ["", '[{"bbox_2d": [0, 0, 20, 12], "label": "x"}]', "no"][row] : `\\boxed{${right}}`
+  );
+  const result = await evaluate(policy, dataset, { items: 3, form: "free", maxNewTokens: [200] });
+  assert.deepEqual(result.items.map(({ valid, invalid }) => [valid, invalid]), [
+    [false, undefined],
+    [true, undefined],
+    [false, "no_json"],
+  ]);
+  assert.equal(result.items[0].correct, true);
+  assert.equal(result.boxed.count, 3);
+  assert.deepEqual([result.valid?.count, result.valid?.of], [1, 3]);
 });
 
 Deno.test("samples that can't be read are skipped and counted, and change no other draw", async () => {

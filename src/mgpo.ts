@@ -18,7 +18,9 @@
  *
  * Departures from plain GRPO:
  * 1. A sample is a dialogue of several turns: what the model wrote carries loss in all turns; system, user, template and
- *    image tokens (the crop's too) carry none. `lossOn: "last"` is the control of the ablation.
+ *    image tokens (the crop's too) carry none. `lossOn` has the controls of the ablation: `last` trains on the last turn alone; `every`
+ *    on every text token, prompts included, as if the restriction were left out. Tokens that were not sampled have no recorded
+ *    ln π_old: theirs is the policy's own before the first optimizer step of the batch (ρ = 1 there), one forward pass more.
  * 2. Token mean over the batch instead of the mean of sequence means, so that a long turn is not discounted.
  * 3. No KL term and no reference unless asked for (the paper's run: `beta: 0.01`).
  * 4. The vision tower is frozen unless `trainVision`.
@@ -220,6 +222,8 @@ export interface TokenRow {
   ref?: ArrayLike<number>;
   entropy?: ArrayLike<number>;
   advantage: number;
+  /** 1 where `old` was recorded while sampling, else 0. @default {all 1} */
+  sampled?: ArrayLike<number>;
 }
 
 /** Metrics of the objective. Clip fractions, 0..1, are over tokens (`sequence` sampling: over rows). */
@@ -518,8 +522,8 @@ export interface TrainerOptions extends ObjectiveOptions, AdamWOptions {
   schedule?: ScheduleOptions & { kind: "constant" | "linear" | "cosine" };
   /** See {@linkcode groupAdvantages}; the paper's equation is "none". @default {"group"} */
   scale?: AdvantageScale;
-  /** Which assistant turns carry loss. @default {"all"} */
-  lossOn?: "all" | "last";
+  /** What carries loss: what the model wrote in all turns, in the last one, or every text token. @default {"all"} */
+  lossOn?: "all" | "last" | "every";
   /** Temperature that the dialogues were sampled at, above 0. @default {1} */
   temperature?: number;
   /** Whether the vision tower (`visual.*`) is trained too. @default {false} */
@@ -530,11 +534,16 @@ export interface TrainerOptions extends ObjectiveOptions, AdamWOptions {
   minibatches?: number;
   /** The most tokens of one forward pass; bounds memory, not the result. @default {8192} */
   tokensPerPass?: number;
+  /**
+   * Whether the backward pass computes each decoder block again instead of keeping its inside: the same result in less memory, for
+   * one more forward pass. @default {false}
+   */
+  gradientCheckpointing?: boolean;
 }
 
 const trainerDefaults = {
   ...{ learningRate: 3e-4, schedule: { kind: "constant" }, scale: "group", lossOn: "all", temperature: 1 },
-  ...{ trainVision: false, iterations: 1, minibatches: 1, tokensPerPass: 8192 },
+  ...{ trainVision: false, iterations: 1, minibatches: 1, tokensPerPass: 8192, gradientCheckpointing: false },
   ...{ lossType: "dapo", clipLow: 0.2, clipHigh: 0.2, beta: 0, importanceSampling: "token" },
 } as const satisfies TrainerOptions;
 type SettledOptions = TrainerOptions & Required<Pick<TrainerOptions, keyof typeof trainerDefaults>>;
@@ -588,6 +597,8 @@ interface Row {
   /** Number of ones in the mask. */
   tokens: number;
   old: readonly number[];
+  /** 1 where `old` was recorded while sampling. */
+  sampled: readonly number[];
   ref?: readonly number[];
   advantage: number;
 }
@@ -672,7 +683,11 @@ export class Trainer {
     const { advantages, zeroStd, stds } = groupAdvantages(rewards, groupSize, { scale });
     const rows = trajectories.map((t, i) => this.#row(t, advantages[i]));
     const useful = (row: Row) => row.tokens > 0 && (beta !== 0 || row.advantage !== 0);
-    if (this.#reference) await this.#scoreReference(rows.filter(useful));
+    if (this.#reference) await this.#score(this.#reference, rows.filter(useful), (row, ref) => row.ref = ref);
+    const unrecorded = rows.filter((row) => useful(row) && row.sampled.includes(0));
+    await this.#score(this.#policy, unrecorded, (row, own) => {
+      row.old = row.old.map((old, t) => row.sampled[t] ? old : own[t]);
+    });
 
     const size = Math.ceil(zeroStd.length / minibatches) * groupSize;
     const steps = Math.ceil(rows.length / size);
@@ -716,7 +731,9 @@ export class Trainer {
   async supervised(
     examples: readonly { sequence: Sequence; mask: readonly number[] }[],
   ): Promise<StepMetrics & { loss: number }> {
-    const rows = examples.map(({ sequence, mask }) => ({ sequence, mask, tokens: sum(mask), old: [], advantage: 0 }));
+    const rows = examples.map(({ sequence, mask }): Row => {
+      return { sequence, mask, tokens: sum(mask), old: [], sampled: [], advantage: 0 };
+    });
     const tokens = sum(rows.map((row) => row.tokens));
     if (tokens === 0) throw new RangeError("supervised: no token of any example carries loss");
     const lr = this.#learningRate();
@@ -752,9 +769,16 @@ export class Trainer {
   }
 
   #row({ ids, images, assistantMask, logprobs }: TrainingTrajectory, advantage: number): Row {
-    const mask = this.#options.lossOn === "last" ? lastTurn(assistantMask) : assistantMask;
-    const old = logprobs.filter((_, t) => mask[t] === 1);
-    return { sequence: { ids, images }, mask, tokens: old.length, old, advantage };
+    const { lossOn } = this.#options;
+    const mask = lossOn === "last" ? lastTurn(assistantMask) : lossOn === "every" ? this.#textMask(ids) : assistantMask;
+    const [old, sampled] = [logprobs, assistantMask].map((values) => values.filter((_, t) => mask[t] === 1));
+    return { sequence: { ids, images }, mask, tokens: old.length, old, sampled, advantage };
+  }
+
+  /** 1 for every token that the policy could have written; it gives a suppressed one (an image's) no probability. */
+  #textMask(ids: readonly number[]): number[] {
+    const never = new Set(this.#policy.suppressTokens);
+    return ids.map((id, t) => Number(t > 0 && !never.has(id)));
   }
 
   #policyLoss(out: TokenLogProbs, rows: readonly Row[], whole: LossOptions): tf.Scalar {
@@ -793,11 +817,11 @@ export class Trainer {
   /** Adds the gradients of one pass to `grads`; returns loss, log-probs and entropies, packed, owned by the caller. */
   #backward(rows: readonly Row[], lossOf: Loss, temperature: number, grads: Map<string, tf.Tensor>): tf.Tensor1D {
     const trained = this.#optimizer.trained;
-    const { trainVision } = this.#options;
+    const { trainVision, gradientCheckpointing } = this.#options;
     let packed: tf.Tensor1D | undefined;
     const found = tf.variableGrads(() => {
       const sequences = rows.map((row) => row.sequence), masks = rows.map((row) => row.mask);
-      const out = this.#policy.logProbs(sequences, masks, { temperature, trainVision });
+      const out = this.#policy.logProbs(sequences, masks, { temperature, trainVision, gradientCheckpointing });
       const loss = lossOf(out, rows);
       packed = tf.keep(
         tf.concat1d([tf.reshape(loss, [1]), tf.reshape(out.logprobs, [-1]), tf.reshape(out.entropy, [-1])]),
@@ -814,14 +838,14 @@ export class Trainer {
     return packed!;
   }
 
-  /** Fills in ln π_ref of each row. */
-  async #scoreReference(rows: readonly Row[]): Promise<void> {
+  /** The log-probs that a policy gives the tokens of each row, without gradient. */
+  async #score(policy: Policy, rows: readonly Row[], use: (row: Row, logprobs: number[]) => void): Promise<void> {
     for (const pass of packRows(rows, this.#options.tokensPerPass)) {
       const sequences = pass.map((row) => row.sequence), masks = pass.map((row) => row.mask);
-      const out = this.#reference!.logProbs(sequences, masks, { temperature: this.#options.temperature });
+      const out = policy.logProbs(sequences, masks, { temperature: this.#options.temperature });
       const width = out.logprobs.shape[1], data = await out.logprobs.data();
       tf.dispose([out.logprobs, out.entropy]);
-      pass.forEach((row, b) => row.ref = [...data.subarray(b * width, b * width + row.tokens)]);
+      pass.forEach((row, b) => use(row, [...data.subarray(b * width, b * width + row.tokens)]));
     }
   }
 }
@@ -845,16 +869,18 @@ async function readPass(packed: tf.Tensor1D, rows: readonly Row[]): Promise<Pass
   const half = (data.length - 1) / 2, width = half / rows.length;
   return {
     loss: data[0],
-    rows: rows.map(({ tokens, old, ref, advantage }, b) => {
+    rows: rows.map(({ tokens, old, sampled, ref, advantage }, b) => {
       const at = 1 + b * width;
       const logprobs = data.subarray(at, at + tokens), entropy = data.subarray(at + half, at + half + tokens);
-      return { logprobs, entropy, old, ref, advantage };
+      return { logprobs, entropy, old, sampled, ref, advantage };
     }),
   };
 }
 
-/** Largest |recomputed − recorded| log-prob. */
+/** Largest |recomputed − recorded| log-prob of a sampled token. */
 function largestDifference(rows: readonly TokenRow[]): number {
-  const differences = rows.flatMap(({ logprobs, old }) => Array.from(logprobs, (p, t) => Math.abs(p - old[t])));
+  const differences = rows.flatMap(({ logprobs, old, sampled }) =>
+    Array.from(logprobs, (p, t) => sampled?.[t] === 0 ? 0 : Math.abs(p - old[t]))
+  );
   return differences.reduce((a, b) => Math.max(a, b), 0);
 }

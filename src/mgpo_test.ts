@@ -353,11 +353,10 @@ Deno.test("AdamW goes on from a saved state bit for bit, and refuses a foreign o
 class Bigram implements Policy {
   readonly name = "bigram";
   readonly stopTokens = [0];
-  readonly suppressTokens: readonly number[] = [];
   readonly parameters: Map<string, tf.Variable>;
   /** Forward passes so far. */
   passes = 0;
-  constructor(readonly vocab = 6, spread = 0.5) {
+  constructor(readonly vocab = 6, spread = 0.5, readonly suppressTokens: readonly number[] = []) {
     const random = new RandomStream(3, "bigram");
     const table = Float32Array.from({ length: vocab * vocab }, () => spread * random.normal());
     const variable = (x: () => tf.Tensor) => tf.tidy(() => tf.variable(x()));
@@ -570,6 +569,47 @@ Deno.test("update: lossOn last trains on the last turn only", async () => {
   }
   assert.deepEqual(after[0], after[1]);
   assert.notDeepEqual(after[0], after[2]);
+  policy.dispose();
+});
+
+Deno.test("update: lossOn every trains on prompts too, from the policy's own log-probs there", async () => {
+  await onBackend("wasm");
+  const image = 3, learningRate = 0.02;
+  const policy = new Bigram(6, 0.5, [image]);
+  const batch = await dialogues(policy, 4, 6, 0), rewards = batch.map(wroteFour);
+  const batches = batch.map((t) => ({ ...t, logprobs: t.logprobs.map((p, i) => t.assistantMask[i] ? p + 0.01 : 0) }));
+  const trainer = new Trainer(policy, { learningRate, lossOn: "every" });
+  // By hand: a Bigram's log-probs from its table; loss Σ −ρ·A over all tokens but the first and the image's, as a token mean.
+  const table = policy.parameters.get("model.table")! as unknown as tf.Variable;
+  const { advantages } = groupAdvantages(rewards, 6);
+  const carries = batches.map((t) => t.ids.map((id, i) => i > 0 && id !== image));
+  const tokens = carries.flat().filter(Boolean).length;
+  const { value, grads } = tf.variableGrads(() => {
+    const terms = batches.flatMap((t, b) => {
+      const at = t.ids.flatMap((_, i) => carries[b][i] ? [i] : []);
+      const rows = tf.oneHot(tf.tensor1d(at.map((i) => t.ids[i - 1]), "int32"), 6).toFloat();
+      const logits = tf.matMul(rows as tf.Tensor2D, table as unknown as tf.Tensor2D) as tf.Tensor2D;
+      const now = selectiveLogSoftmax(logits, at.map((i) => t.ids[i]));
+      const own = now.dataSync();
+      const old = tf.tensor1d(at.map((i, k) => t.assistantMask[i] ? t.logprobs[i] : own[k]));
+      return [tf.mul(tf.sum(tf.exp(tf.sub(now, old))), -advantages[b])];
+    });
+    return tf.div(tf.addN(terms), tokens) as tf.Scalar;
+  }, [table]);
+  const gradient = Object.values(grads)[0].flatten().arraySync() as number[];
+  const before = table.flatten().arraySync() as number[];
+  const start = tf.memory().numTensors;
+  const metrics = await trainer.update(batches, rewards);
+  assert.equal(tf.memory().numTensors, start, "tensors leak");
+  assert.equal(metrics.tokens, tokens);
+  near(metrics.policy_loss, value.dataSync()[0], 1e-6, "loss");
+  near(metrics.grad_norm, Math.hypot(...gradient), 1e-6, "gradient's norm");
+  near(metrics["rollout/logprob_diff_max"], 0.01, 1e-5, "difference of sampled tokens");
+  // AdamW's first step goes against the sign of each gradient.
+  (table.flatten().arraySync() as number[]).forEach((w, i) => {
+    if (Math.abs(gradient[i]) > 1e-5) near(w - before[i], -learningRate * Math.sign(gradient[i]), 1e-4, `weight ${i}`);
+  });
+  trainer.dispose();
   policy.dispose();
 });
 

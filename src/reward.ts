@@ -9,37 +9,14 @@
  */
 import type { Box, Sample } from "./data/dataset.ts";
 import { linearSumAssignment } from "./deps.ts";
-import { toOriginal, type Trajectory, type TurnRecord } from "./rollout.ts";
+import { boxedAnswer, toOriginal, type Trajectory, type TurnRecord } from "./rollout.ts";
+
+export { boxedAnswer } from "./rollout.ts";
 
 /** A reward of one trajectory, a finite number. */
 export type RewardFunction = (sample: Sample, trajectory: Trajectory) => number;
 
 // ---- Reading an answer ---------------------------------------------------------------------------------------------
-
-/**
- * What stands in the last complete `\boxed{…}`, trimmed; braces inside may nest.
- *
- * @returns `undefined` without one; `""` for an empty one.
- *
- * @example
- * ```ts
- * import { boxedAnswer } from "./reward.ts";
- * if (boxedAnswer("so \\boxed{\\text{B}}") !== "\\text{B}") throw new Error("not found");
- * ```
- */
-export function boxedAnswer(text: string): string | undefined {
-  for (let at = text.lastIndexOf("\\boxed"); at >= 0; at = at > 0 ? text.lastIndexOf("\\boxed", at - 1) : -1) {
-    const start = at + (/^\\boxed\s*\{/.exec(text.slice(at))?.[0].length ?? 0);
-    if (start === at) continue;
-    let depth = 1;
-    for (let i = start; i < text.length; i++) {
-      if (text[i] === "\\") i++;
-      else if (text[i] === "{") depth++;
-      else if (text[i] === "}" && --depth === 0) return text.slice(start, i).trim();
-    }
-  }
-  return undefined;
-}
 
 /**
  * The form in which answers are compared: no LaTeX wrappers (`\text{…}`, `$…$`) or escapes, plain quotes and dashes, lower case,

@@ -5,12 +5,15 @@
  * - Tokens in, tokens out: a trajectory grows by the very ids that were sampled; no reply is ever encoded again.
  * - A box is in pixels of the resized picture (gridW·14 × gridH·14), a crop in pixels of the original one.
  * - `turns: 1` is the one-turn baseline (GRPO), 2 is MGPO; with more, all but the last are grounding turns.
+ * - `form: "fixed"` asks for a box in every turn but the last. `"free"`, the control of the ablation, lets the model choose in
+ *   those turns: a reply with a boxed answer ends the conversation, else it goes on as in the fixed form.
  *
  * @module
  */
-import type { Box, Sample } from "./data/dataset.ts";
+import type { Box, Demonstration, Sample } from "./data/dataset.ts";
 import type { Picture } from "./policy/picture.ts";
-import type { Completion, ImageInput, Message, MessagePart, Policy } from "./policy/policy.ts";
+import type { Completion, ImageInput, Message, MessagePart, Policy, PrefixCache } from "./policy/policy.ts";
+import { InputError } from "./run/errors.ts";
 
 /** Side of a vision patch in pixels of the resized picture. */
 const PATCH = 14;
@@ -36,6 +39,12 @@ export interface PromptTemplate {
   invalid: readonly string[];
   /** The only turn of a one-turn conversation. */
   single: readonly string[];
+  /** First turn of the free form: the picture, the choices, and where to look or what the answer is. */
+  free: readonly string[];
+  /** A later turn of the free form but the last, after a valid box: the crop. */
+  freeValid: readonly string[];
+  /** A later turn of the free form but the last, after neither a valid box nor an answer: the first picture again. */
+  freeInvalid: readonly string[];
   /** One choice of `choiceStyle` `lettered`, with `{letter}` and `{choice}`. */
   lettered: string;
   /** One choice of `choiceStyle` `listed`, with `{choice}`. */
@@ -49,6 +58,10 @@ const groundRequest = "\nWhich area of the picture must be seen closely to answe
   "in pixels of the first picture, and stop there.";
 const answerRequest = "\nLook at everything shown so far and think it through. " +
   "Then put the final answer in \\boxed{}: the letter if the choices have letters, else the answer itself.";
+
+// The two requests of the fixed form, because a small policy may know no other words. So joined, the embedded one starts with
+// as many valid boxes as in the fixed form, and answers at once now and then.
+const freeRequest = "{question}{choices}" + answerRequest + "\n\nor\n\n{question}" + groundRequest;
 
 /** The project's own wording. */
 export const defaultTemplate: Readonly<PromptTemplate> = {
@@ -64,6 +77,9 @@ export const defaultTemplate: Readonly<PromptTemplate> = {
   valid: [cropShown, "{image}", "{question}{choices}", answerRequest],
   invalid: [shownAgain, "{image}", "{question}{choices}", answerRequest],
   single: ["{image}", "{question}{choices}", answerRequest],
+  free: ["{image}", freeRequest],
+  freeValid: [cropShown, "{image}", freeRequest],
+  freeInvalid: [shownAgain, "{image}", freeRequest],
   lettered: "\n({letter}) {choice}",
   listed: " {choice}",
 };
@@ -79,6 +95,8 @@ export type InvalidReason = typeof invalidReasons[number];
 export interface RolloutOptions {
   /** Assistant turns: 1 answers at once (GRPO), 2 grounds then answers (MGPO), more ground repeatedly. @default {2} */
   turns?: number;
+  /** `fixed`: all turns but the last must ground; `free`: they may also answer, which ends them. @default {"fixed"} */
+  form?: "fixed" | "free";
   /** Rollouts per sample (G). @default {8} */
   groupSize?: number;
   /** The most tokens of a reply, for all turns or turn by turn (the last entry serves later turns). @default {512} */
@@ -103,6 +121,11 @@ export interface RolloutOptions {
   squareCrop?: boolean;
   /** Wording that replaces parts of {@linkcode defaultTemplate}. @default {{}} */
   template?: Partial<PromptTemplate>;
+  /**
+   * What is cut out after a grounding turn whatever the model asked for, valid or not: a control of evaluations. Gets the
+   * conversation so far; returns a rectangle in pixels of the original picture. @default {what the model asked for}
+   */
+  cropInstead?: (sample: Sample, trajectory: Trajectory) => Box;
   /** Called after each decoding step. Turns count from 1. */
   onProgress?: (progress: { turn: number; turns: number; tokens: number; running: number }) => void;
 }
@@ -110,7 +133,7 @@ export interface RolloutOptions {
 /** Defaults of {@linkcode RolloutOptions}. */
 // deno-fmt-ignore
 export const rolloutDefaults = {
-  turns: 2, groupSize: 8, maxNewTokens: 512 as number | readonly number[], temperature: 1, topP: 1, seed: 0, step: 0,
+  turns: 2, form: "fixed" as "fixed" | "free", groupSize: 8, maxNewTokens: 512 as number | readonly number[], temperature: 1, topP: 1, seed: 0, step: 0,
   firstPrompt: 0, minBoxSide: 28, maxAspect: 100, minCropSide: 0, squareCrop: false,
 };
 
@@ -126,6 +149,10 @@ export interface TurnRecord extends Completion {
   invalid?: InvalidReason;
   /** Grounding turns with a valid box: what was cut out, in pixels of the original picture. */
   crop?: Box;
+  /** What was cut out by `cropInstead`, whatever the model asked for. */
+  shown?: Box;
+  /** Turns of the free form that could have grounded: whether the reply answered instead, which ended the conversation. */
+  answered?: boolean;
   /** Grounding turns of samples with `boxes`: whether the crop contains all of them (false without a crop). */
   hit?: boolean;
   /** Grounding turns of samples with `regions`: the same by region. */
@@ -148,7 +175,7 @@ export interface Trajectory {
   logprobs: number[];
   /** The images that the image tokens stand for, in order. */
   images: ImageInput[];
-  /** The turns in order; the last one holds the answer, those before it ground. */
+  /** The turns in order; the last one holds the answer, those before it ground. Fewer than asked for after an early answer. */
   turns: TurnRecord[];
   /** `[width, height]` of the resized first picture: the unit of boxes. */
   inputSize: [number, number];
@@ -166,6 +193,10 @@ export interface RolloutBatch {
 
 // ---- Words ---------------------------------------------------------------------------------------------------------
 
+const turnNames = [
+  ...["ground", "refine", "retry", "valid", "invalid", "single", "free", "freeValid", "freeInvalid"] as const,
+];
+
 /**
  * The default wording with parts replaced.
  *
@@ -178,7 +209,7 @@ export function resolveTemplate(replaced: Partial<PromptTemplate> = {}): PromptT
     }
   }
   const template = { ...defaultTemplate, ...replaced };
-  for (const turn of ["ground", "refine", "retry", "valid", "invalid", "single"] as const) {
+  for (const turn of turnNames) {
     const parts = template[turn];
     const whole = parts.filter((part) => part === "{image}").length;
     if (whole !== 1 || parts.some((part) => part !== "{image}" && part.includes("{image}"))) {
@@ -264,6 +295,31 @@ export function parseBox(
   if (Math.min(x2 - x1, y2 - y1) <= minBoxSide) return { invalid: "too_small" };
   if (aspect([x1, y1, x2, y2]) >= maxAspect) return { invalid: "aspect" };
   return { box: [x1, y1, x2, y2] };
+}
+
+/**
+ * What stands in the last complete `\boxed{…}`, trimmed; braces inside may nest.
+ *
+ * @returns `undefined` without one; `""` for an empty one.
+ *
+ * @example
+ * ```ts
+ * import { boxedAnswer } from "./rollout.ts";
+ * if (boxedAnswer("so \\boxed{\\text{B}}") !== "\\text{B}") throw new Error("not found");
+ * ```
+ */
+export function boxedAnswer(text: string): string | undefined {
+  for (let at = text.lastIndexOf("\\boxed"); at >= 0; at = at > 0 ? text.lastIndexOf("\\boxed", at - 1) : -1) {
+    const start = at + (/^\\boxed\s*\{/.exec(text.slice(at))?.[0].length ?? 0);
+    if (start === at) continue;
+    let depth = 1;
+    for (let i = start; i < text.length; i++) {
+      if (text[i] === "\\") i++;
+      else if (text[i] === "{") depth++;
+      else if (text[i] === "}" && --depth === 0) return text.slice(start, i).trim();
+    }
+  }
+  return undefined;
 }
 
 /** Long side over short side. */
@@ -358,8 +414,8 @@ export function containsAll(outer: Box, inner: readonly Box[]): boolean {
 
 type Settings = ReturnType<typeof resolveOptions>;
 
-function resolveOptions({ template, onProgress, ...given }: RolloutOptions) {
-  const settings = { ...rolloutDefaults, template: resolveTemplate(template), onProgress };
+function resolveOptions({ template, onProgress, cropInstead, ...given }: RolloutOptions) {
+  const settings = { ...rolloutDefaults, template: resolveTemplate(template), onProgress, cropInstead };
   Object.assign(settings, Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)));
   const limits = [settings.maxNewTokens].flat();
   if (limits.length === 0) throw new RangeError("maxNewTokens must not be an empty list");
@@ -376,6 +432,9 @@ function resolveOptions({ template, onProgress, ...given }: RolloutOptions) {
   }
   if (!(settings.maxAspect > 1 && settings.maxAspect <= 200)) {
     throw new RangeError(`maxAspect must be more than 1 and at most 200, got ${settings.maxAspect}`);
+  }
+  if (settings.form !== "fixed" && settings.form !== "free") {
+    throw new RangeError(`form must be "fixed" or "free", got ${JSON.stringify(settings.form)}`);
   }
   if (!(settings.minBoxSide >= 0)) throw new RangeError(`minBoxSide must be 0 or more, got ${settings.minBoxSide}`);
   return { ...settings, limits };
@@ -401,12 +460,13 @@ interface Row {
 }
 
 async function openScene(policy: Policy, sample: Sample, settings: Settings): Promise<Scene> {
-  const { template, turns } = settings;
+  const { template, turns, form } = settings;
   const picture = await sample.picture();
   const image = policy.prepareImage(picture);
   const choices = renderChoices(sample, template);
   const system = turns > 1 ? template.system : template.singleSystem;
-  const user = renderTurn(turns > 1 ? template.ground : template.single, sample.question, choices);
+  const name = turns === 1 ? "single" : form === "free" ? "free" : "ground";
+  const user = renderTurn(template[name], sample.question, choices);
   const opening: Message[] = system === "" ? [user] : [{ role: "system", content: system }, user];
   return { sample, picture, image, choices, opening, ids: policy.encodeChat(opening, [image]), crops: new Map() };
 }
@@ -428,12 +488,22 @@ function openRow(scene: Scene, prompt: number, rollout: number): Row {
   return { scene, messages: [...scene.opening], trajectory };
 }
 
+/** The next user message: after a crop or without one, for the last turn or before it. */
+const nextTurn = {
+  last: { crop: "valid", none: "invalid" },
+  fixed: { crop: "refine", none: "retry" },
+  free: { crop: "freeValid", none: "freeInvalid" },
+} as const;
+
 /** Appends the next user message: the crop that the last reply asked for, or the first picture again. */
-function ask(policy: Policy, { scene, messages, trajectory }: Row, last: boolean, template: PromptTemplate): void {
+function ask(policy: Policy, { scene, messages, trajectory }: Row, last: boolean, settings: Settings): void {
+  const { template, form, cropInstead } = settings;
   const reply = trajectory.turns[trajectory.turns.length - 1], end = reply.ids[reply.ids.length - 1];
-  const name = reply.crop ? (last ? "valid" : "refine") : (last ? "invalid" : "retry");
+  if (cropInstead) reply.shown = cropInstead(scene.sample, trajectory);
+  const crop = reply.shown ?? reply.crop;
+  const name = nextTurn[last ? "last" : form][crop ? "crop" : "none"];
   const user = renderTurn(template[name], scene.sample.question, scene.choices);
-  const image = reply.crop ? cutOut(policy, scene, reply.crop) : scene.image;
+  const image = crop ? cutOut(policy, scene, crop) : scene.image;
   // Unless told that the reply ended, the continuation opens with the end-of-turn token. A reply that another stop token or
   // the length limit cut off needs it; it is then the template's token, not the model's.
   const next = policy.encodeContinuation(messages, [user], [image], false);
@@ -457,6 +527,19 @@ function append(trajectory: Trajectory, ids: readonly number[], logprobs?: reado
   });
 }
 
+/** Reads the box of a reply and works out its crop. */
+function look(turn: TurnRecord, { inputSize, pictureSize }: Trajectory, settings: Settings): void {
+  const parsed = parseBox(turn.text, ...inputSize, settings);
+  if ("invalid" in parsed) {
+    turn.invalid = parsed.invalid;
+    return;
+  }
+  const crop = cropBox(parsed.box, inputSize, pictureSize, settings);
+  // Resizing can change the proportions of very thin pictures, and no image processor takes a thread.
+  if (aspect(crop) >= settings.maxAspect) turn.invalid = "aspect";
+  else Object.assign(turn, { box: parsed.box, crop });
+}
+
 /** Appends a reply; that of a grounding turn is read for its box. */
 function hear(policy: Policy, row: Row, completion: Completion, grounding: boolean, settings: Settings): void {
   const { scene: { sample }, messages, trajectory } = row;
@@ -465,14 +548,8 @@ function hear(policy: Policy, row: Row, completion: Completion, grounding: boole
   const turn: TurnRecord = { prompt, text: policy.decode(completion.ids), ...completion };
   trajectory.turns.push(turn);
   if (!grounding) return;
-  const parsed = parseBox(turn.text, ...trajectory.inputSize, settings);
-  if ("invalid" in parsed) turn.invalid = parsed.invalid;
-  else {
-    const crop = cropBox(parsed.box, trajectory.inputSize, trajectory.pictureSize, settings);
-    // Resizing can change the proportions of very thin pictures, and no image processor takes a thread.
-    if (aspect(crop) >= settings.maxAspect) turn.invalid = "aspect";
-    else Object.assign(turn, { box: parsed.box, crop });
-  }
+  if (settings.form === "free") turn.answered = boxedAnswer(turn.text) !== undefined;
+  if (!turn.answered) look(turn, trajectory, settings);
   const shows = (boxes: readonly Box[]) => turn.crop !== undefined && containsAll(turn.crop, boxes);
   if (sample.boxes?.length) turn.hit = shows(sample.boxes);
   if (sample.regions) {
@@ -481,7 +558,13 @@ function hear(policy: Policy, row: Row, completion: Completion, grounding: boole
 }
 
 /** One reply of every row, in one batch. */
-async function reply(policy: Policy, rows: readonly Row[], turn: number, settings: Settings): Promise<void> {
+async function reply(
+  policy: Policy,
+  rows: readonly Row[],
+  turn: number,
+  settings: Settings,
+  cache: PrefixCache | undefined,
+): Promise<void> {
   const { turns, groupSize, limits, temperature, topP, seed, step, onProgress } = settings;
   const completions = await policy.generate(rows.map((row) => row.trajectory), {
     maxNewTokens: limits[Math.min(turn, limits.length - 1)],
@@ -490,6 +573,8 @@ async function reply(policy: Policy, rows: readonly Row[], turn: number, setting
     seed,
     keys: rows.map(({ trajectory: t }) => [step, t.prompt * groupSize + t.rollout, turn] as const),
     onToken: onProgress && ((tokens, running) => onProgress({ turn: turn + 1, turns, tokens, running })),
+    cache,
+    keepCache: turn < turns - 1,
   });
   rows.forEach((row, i) => hear(policy, row, completions[i], turn < turns - 1, settings));
 }
@@ -517,16 +602,97 @@ export async function rollout(
       skipped.push({ sampleId: sample.id, prompt, error: error instanceof Error ? error.message : String(error) });
     }
   }
-  for (let turn = 0; turn < settings.turns && rows.length > 0; turn++) {
-    if (turn > 0) { for (const row of rows) ask(policy, row, turn === settings.turns - 1, settings.template); }
-    await reply(policy, rows, turn, settings);
+  const cache = settings.turns > 1 ? policy.createPrefixCache?.() : undefined;
+  try {
+    for (let turn = 0; turn < settings.turns && rows.length > 0; turn++) {
+      const open = rows.filter((row) => !row.trajectory.turns.at(-1)?.answered);
+      if (open.length === 0) break;
+      if (turn > 0) { for (const row of open) ask(policy, row, turn === settings.turns - 1, settings); }
+      await reply(policy, open, turn, settings, cache);
+    }
+  } finally {
+    cache?.dispose();
   }
   return { trajectories: rows.map((row) => row.trajectory), skipped };
+}
+
+/**
+ * The smallest valid box around some boxes.
+ *
+ * @param boxes In pixels of the original picture, at least one.
+ * @returns In whole pixels of the resized picture; not valid only where the picture itself is too small or too thin.
+ */
+export function boxAround(
+  boxes: readonly Box[],
+  inputSize: Size,
+  pictureSize: Size,
+  options: RolloutOptions = {},
+): Box {
+  const { minBoxSide = rolloutDefaults.minBoxSide, maxAspect = rolloutDefaults.maxAspect } = options;
+  const [x1, y1] = ([0, 1] as const).map((axis) => Math.min(...boxes.map((box) => box[axis])));
+  const [x2, y2] = ([2, 3] as const).map((axis) => Math.max(...boxes.map((box) => box[axis])));
+  const around = toOriginal([x1, y1, x2, y2], pictureSize, inputSize);
+  const long = Math.max(around[2] - around[0], around[3] - around[1]);
+  const least = Math.max(Math.floor(minBoxSide), Math.floor(long / maxAspect)) + 1;
+  const [left, right] = grow(around[0], around[2], least, inputSize[0]);
+  const [top, bottom] = grow(around[1], around[3], least, inputSize[1]);
+  return [left, top, right, bottom];
+}
+
+/**
+ * The conversation of a policy that knows where to look and what to answer, for supervised training: as {@linkcode rollout}
+ * would have it, had the replies been sampled. Every turn but the last names the box around the sample's boxes.
+ *
+ * @param demonstration The replies.
+ * @returns Its `logprobs` are all 0.
+ * @throws {InputError} If turns ground and the sample has no boxes, or the grounding reply names no valid box.
+ */
+export async function demonstrate(
+  policy: Policy,
+  sample: Sample,
+  { answer, ground = fencedBox }: Demonstration,
+  options: RolloutOptions = {},
+): Promise<Trajectory> {
+  const settings = resolveOptions(options), { turns } = settings;
+  if (turns > 1 && !sample.boxes?.length) {
+    throw new InputError(`sample ${sample.id} has no boxes, so there is no demonstration of where to look`);
+  }
+  const row = openRow(await openScene(policy, sample, settings), 0, 0), { trajectory } = row;
+  for (let turn = 0; turn < turns; turn++) {
+    const last = turn === turns - 1, { inputSize, pictureSize } = trajectory;
+    if (turn > 0) ask(policy, row, last, settings);
+    const text = last ? said(answer, inputSize) : ground(boxAround(sample.boxes!, inputSize, pictureSize, settings), inputSize);
+    const ids = [...policy.encode(text), ...policy.stopTokens.slice(0, 1)];
+    hear(policy, row, { ids, logprobs: ids.map(() => 0), finish: "stop" }, !last, settings);
+    const { invalid, box } = trajectory.turns[turn];
+    if (last || box) continue;
+    throw new InputError(
+      `sample ${sample.id}: the demonstration ${JSON.stringify(text)} has no valid box (${invalid})`,
+    );
+  }
+  return trajectory;
+}
+
+const said = (answer: Demonstration["answer"], inputSize: Size) =>
+  typeof answer === "string" ? answer : answer(inputSize);
+
+function fencedBox(box: Box): string {
+  return `\`\`\`json\n[{"bbox_2d": [${box.join(", ")}], "label": "key area"}]\n\`\`\``;
 }
 
 /** A trajectory as one line of JSON, without a line break; images are named by their keys. */
 export function trajectoryToJson(trajectory: Trajectory): string {
   return JSON.stringify({ ...trajectory, images: trajectory.images.map((image) => image.key) });
+}
+
+/** Whether a turn was one that could ground: all but the last turn that was allowed. */
+export function mayGround(turn: TurnRecord): boolean {
+  return turn.crop !== undefined || turn.invalid !== undefined || turn.answered === true;
+}
+
+/** Whether a conversation used all its turns without any boxed answer. */
+export function isOver(trajectory: Trajectory): boolean {
+  return trajectory.turns.every((turn) => boxedAnswer(turn.text) === undefined);
 }
 
 // ---- Metrics -------------------------------------------------------------------------------------------------------
@@ -535,10 +701,13 @@ export function trajectoryToJson(trajectory: Trajectory): string {
  * The metrics that rollouts alone tell, as a flat record. Grounding shares are over all trajectories and look at the first
  * grounding turn; a trajectory without a valid box counts as a miss.
  *
- * - `grounding/valid_ratio`: a valid box. `grounding/invalid/<reason>`: none, for this reason (they add up to 1 together).
+ * - `grounding/valid_ratio`: a valid box. `grounding/invalid/<reason>`: none, for this reason (they add up to 1 together with
+ *   the first replies of the free form that answer at once).
  * - `grounding/hit_ratio`: a crop that contains all of the sample's boxes; over samples with boxes.
  *   `grounding/<region>_ratio`: the same for a named region.
  * - `crop/area_ratio`: mean area of a crop over that of its picture; over all crops.
+ * - `turns/mean`: turns of a conversation. `turns/over_ratio`: all turns used without any boxed answer.
+ *   `turns/answered_early_ratio`: ended by an answer before the last turn (free form).
  * - `completions/mean_length`, and `…/turn_<n>`: tokens of a reply. `completions/clipped_ratio`: replies cut by the limit.
  * - `num_tokens`: tokens of all trajectories, prompts and image tokens included.
  *
@@ -550,9 +719,8 @@ export function summarize(trajectories: readonly Trajectory[]): Record<string, n
     if (values.length > 0) out[name] = values.reduce((a, b) => a + b, 0) / values.length;
   };
   const share = (name: string, values: readonly boolean[]) => mean(name, values.map(Number));
-  const isGrounding = (turn: TurnRecord) => turn.crop !== undefined || turn.invalid !== undefined;
 
-  const first = trajectories.map((t) => t.turns[0]).filter((turn) => turn && isGrounding(turn));
+  const first = trajectories.map((t) => t.turns[0]).filter((turn) => turn && mayGround(turn));
   share("grounding/valid_ratio", first.map((turn) => turn.box !== undefined));
   share("grounding/hit_ratio", first.flatMap((turn) => turn.hit ?? []));
   for (const name of new Set(first.flatMap((turn) => Object.keys(turn.regions ?? {})))) {
@@ -565,6 +733,10 @@ export function summarize(trajectories: readonly Trajectory[]): Record<string, n
       turns.flatMap(({ crop }) => crop ? (crop[2] - crop[0]) * (crop[3] - crop[1]) / (W * H) : [])
     ),
   );
+
+  mean("turns/mean", trajectories.map((t) => t.turns.length));
+  if (first.length > 0) share("turns/answered_early_ratio", trajectories.map((t) => t.turns.at(-1)?.answered === true));
+  share("turns/over_ratio", trajectories.map(isOver));
 
   const replies = trajectories.flatMap((t) => t.turns);
   mean("completions/mean_length", replies.map((turn) => turn.ids.length));

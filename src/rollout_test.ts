@@ -5,9 +5,11 @@ import { loadPolicy } from "./policy/load.ts";
 import { Picture } from "./policy/picture.ts";
 import type { Completion, Message, Policy } from "./policy/policy.ts";
 import {
+  boxAround,
   containsAll,
   cropBox,
   defaultTemplate,
+  demonstrate,
   invalidReasons,
   parseBox,
   renderChoices,
@@ -200,7 +202,7 @@ Deno.test("the default template is data, shows choices only where an answer is a
   for (const turn of ["ground", "refine", "retry"] as const) {
     assert.ok(!defaultTemplate[turn].join("").includes("{choices}"));
   }
-  for (const turn of ["valid", "invalid", "single"] as const) {
+  for (const turn of ["valid", "invalid", "single", "free", "freeValid", "freeInvalid"] as const) {
     assert.ok(defaultTemplate[turn].join("").includes("{choices}"));
   }
 });
@@ -241,6 +243,9 @@ Deno.test("summarize: shares over all trajectories, by the first grounding turn"
     "grounding/hit_ratio": 0.25,
     "grounding/plate_ratio": 0.5,
     "crop/area_ratio": 0.375,
+    "turns/mean": 2,
+    "turns/answered_early_ratio": 0,
+    "turns/over_ratio": 1,
     "completions/mean_length": 2,
     "completions/mean_length/turn_1": 2,
     "completions/mean_length/turn_2": 2,
@@ -255,6 +260,8 @@ Deno.test("summarize: shares over all trajectories, by the first grounding turn"
 Deno.test("summarize leaves out what was not measured", () => {
   assert.deepEqual(summarize([]), { num_tokens: 0 });
   assert.deepEqual(summarize([conversation([{ finish: "length" }])]), {
+    "turns/mean": 1,
+    "turns/over_ratio": 1,
     "completions/mean_length": 2,
     "completions/mean_length/turn_1": 2,
     "completions/clipped_ratio": 1,
@@ -506,6 +513,94 @@ Deno.test("rollout: with three turns two of them ground, both in the first pictu
     checkTokens(policy, trajectories);
   }));
 
+Deno.test("rollout: in the free form a boxed answer ends the conversation", () =>
+  withPolicy(async (policy) => {
+    const box = '{"bbox_2d": [0, 0, 56, 42], "label": "x"}<|im_end|>', answer = "K \\boxed{B}<|im_end|>";
+    const said = [[answer], [box, answer], [box, "no", answer], ["no", box, "no"], [`${box} ${answer}`]];
+    force(policy, (row, turn) => said[row][turn]);
+    const sample = sampleOf("a", { boxes: [[0, 0, 9, 9]] });
+    const options = { turns: 3, form: "free", groupSize: 5, maxNewTokens: 3 } as const;
+    const { trajectories } = await rollout(policy, [sample], options);
+    assert.deepEqual(trajectories.map((t) => t.turns.map((turn) => turn.text)), [
+      ...said.slice(0, 4).map((turns) => turns.map((text) => text.replace("<|im_end|>", ""))),
+      [said[4][0].replaceAll("<|im_end|>", "")],
+    ]);
+    const names = [[], ["freeValid"], ["freeValid", "invalid"], ["freeInvalid", "valid"], []] as const;
+    const system: Message = { role: "system", content: defaultTemplate.system };
+    const opening = [system, renderTurn(defaultTemplate.free, sample.question, choicesShown)];
+    trajectories.forEach((t, row) => {
+      const users = names[row].map((name) => renderTurn(defaultTemplate[name], sample.question, choicesShown));
+      assert.deepEqual(t.ids, expectedIds(policy, t, opening, users, t.turns.map((turn) => turn.text !== "no")));
+      assert.equal(t.images.length, t.turns.length);
+    });
+    assert.deepEqual(trajectories.map((t) => t.turns[0].answered), [true, false, false, false, true]);
+    assert.deepEqual(trajectories.map((t) => t.turns[0].hit), [false, true, true, false, false]);
+    assert.equal(trajectories[4].turns[0].box, undefined, "an answer looks at nothing");
+    checkTokens(policy, trajectories);
+    const metrics = summarize(trajectories);
+    assert.equal(metrics["turns/mean"], (1 + 2 + 3 + 3 + 1) / 5);
+    assert.equal(metrics["turns/answered_early_ratio"], 0.6);
+    assert.equal(metrics["turns/over_ratio"], 0.2);
+    assert.equal(metrics["grounding/valid_ratio"], 0.4);
+    assert.equal(metrics["grounding/invalid/no_json"], 0.2);
+    assert.equal(metrics["grounding/hit_ratio"], 0.4);
+    const one = await rollout(policy, [sample], { ...options, turns: 1, groupSize: 1 });
+    assert.equal(one.trajectories[0].turns[0].answered, undefined, "the last turn is no choice");
+  }));
+
+Deno.test("rollout: what is cut out can be another area than the model asked for", () =>
+  withPolicy(async (policy) => {
+    const said = ['{"bbox_2d": [0, 0, 56, 42], "label": "x"}<|im_end|>', "no"];
+    force(policy, (row, turn) => turn === 0 ? said[row] : undefined);
+    const sample = sampleOf("a", { boxes: [[0, 0, 9, 9]] }), other: Box = [200, 100, 300, 200];
+    const options = { groupSize: 2, maxNewTokens: 4, seed: 1 };
+    const { trajectories } = await rollout(policy, [sample], { ...options, cropInstead: () => other });
+    const own = await rollout(policy, [sample], options);
+    const user = renderTurn(defaultTemplate.valid, sample.question, choicesShown);
+    trajectories.forEach((t, row) => {
+      assert.equal(t.images[1].key, policy.prepareImage(chart(...size).crop(other)).key);
+      const { shown, ...first } = t.turns[0];
+      assert.deepEqual(shown, other);
+      assert.deepEqual(first, own.trajectories[row].turns[0], "what the model asked for stays on record");
+      assert.deepEqual(t.ids, expectedIds(policy, t, openingOf(sample), [user], [row === 0]));
+    });
+    checkTokens(policy, trajectories);
+  }));
+
+Deno.test("boxAround: the smallest valid box, in the resized picture's pixels", () => {
+  const rules = { minBoxSide: 7, maxAspect: 100 };
+  const around = (...boxes: Box[]) => boxAround(boxes, [112, 112], [672, 672], rules);
+  assert.deepEqual(around([60, 66, 121, 120], [90, 130, 96, 131]), [10, 11, 21, 22]);
+  assert.deepEqual(around([1, 660, 2, 672]), [0, 104, 8, 112], "grown and inside");
+  assert.deepEqual(boxAround([[0, 100, 1600, 104]], [400, 300], [1600, 1200], { minBoxSide: 0, maxAspect: 20 }), [
+    ...[0, 15, 400, 36],
+  ]);
+  assert.deepEqual(boxAround([[0, 0, 5, 5]], [112, 84], [350, 260]), [0, 0, 29, 29], "28 is not enough");
+});
+
+Deno.test("demonstrate: the conversation that a rollout of the same replies has", () =>
+  withPolicy(async (policy) => {
+    const sample = sampleOf("a", { boxes: [[130, 40, 300, 200]], regions: { corner: [[129, 38, 130, 39]] } });
+    const box: Box = [41, 12, 96, 65],
+      json = `\`\`\`json\n[{"bbox_2d": [${box.join(", ")}], "label": "key area"}]\n\`\`\``;
+    for (const turns of [1, 2, 3]) {
+      const replies = [...Array(turns - 1).fill(json), "\\boxed{B}"].map((text) => text + "<|im_end|>");
+      force(policy, (_, turn) => replies[turn]);
+      const given = await demonstrate(policy, sample, { answer: "\\boxed{B}" }, { turns });
+      const { trajectories: [sampled] } = await rollout(policy, [sample], { turns, groupSize: 1, maxNewTokens: 2 });
+      const wordless = (t: Trajectory) => {
+        const turnsOf = t.turns.map((turn) => ({ ...turn, logprobs: [] }));
+        return { ...t, logprobs: [], images: t.images.map((image) => image.key), turns: turnsOf };
+      };
+      assert.deepEqual(wordless(given), wordless(sampled));
+      if (turns > 1) assert.deepEqual([given.turns[0].hit, given.turns[0].box], [true, box]);
+    }
+    const two = { turns: 2 }, answer = "B";
+    await assert.rejects(demonstrate(policy, sampleOf("a"), { answer }, two), /sample a has no boxes/);
+    const wrong = { answer, ground: () => "there" };
+    await assert.rejects(demonstrate(policy, sample, wrong, two), /"there" has no valid box \(no_json\)/);
+  }));
+
 Deno.test("rollout: one turn asks for the answer at once; wording and options are checked", () =>
   withPolicy(async (policy) => {
     const sample = sampleOf("a", { choiceStyle: "listed", boxes: [[0, 0, 9, 9]] });
@@ -529,6 +624,7 @@ Deno.test("rollout: one turn asks for the answer at once; wording and options ar
         { minBoxSide: NaN },
         { minCropSide: 0.5 },
         { maxAspect: 300 },
+        { form: "open" as "free" },
       ]
     ) await assert.rejects(rollout(policy, [sample], wrong), RangeError, JSON.stringify(wrong));
   }));

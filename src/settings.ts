@@ -13,6 +13,8 @@ import { type OptionSpec, type OptionTable, optionTable } from "./run/options.ts
 export interface ConversationOptions {
   /** Assistant turns: 1 answers at once, 2 grounds first, more ground repeatedly. @default {by method: 2 for mgpo, else 1} */
   turns?: number;
+  /** fixed: all turns but the last must ground; free: they may also answer, which ends the conversation. @default {"fixed"} */
+  form?: "fixed" | "free";
   /** Softmax temperature while sampling. @default {1} */
   temperature?: number;
   /** Nucleus mass. @default {1} */
@@ -31,7 +33,7 @@ export interface ConversationOptions {
 
 /** Settings of a training run. */
 export interface TrainOptions extends ConversationOptions {
-  /** mgpo: ground, then answer; grpo: one turn, same reward and optimizer; sft: cross-entropy on the short answer. @default {"mgpo"} */
+  /** mgpo: ground, then answer; grpo: one turn, same reward and optimizer; sft: cross-entropy on good replies. @default {"mgpo"} */
   method?: "mgpo" | "grpo" | "sft";
   /** Seed of every draw. @default {0} */
   seed?: number;
@@ -63,8 +65,10 @@ export interface TrainOptions extends ConversationOptions {
   beta?: number;
   /** Whether a probability ratio belongs to a token or to a whole conversation. @default {"token"} */
   importanceSampling?: "token" | "sequence";
-  /** Which assistant turns carry loss; last is the control of the ablation. @default {"all"} */
-  lossOn?: "all" | "last";
+  /** What carries loss: what the model wrote in all turns, in the last one, or every text token. @default {"all"} */
+  lossOn?: "all" | "last" | "every";
+  /** Whether conversations that used all turns without a boxed answer are left out of the update. @default {false} */
+  overTurnMasking?: boolean;
   /** Whether the vision tower is trained too. @default {false} */
   trainVision?: boolean;
   /** Passes over the conversations of a step. @default {1} */
@@ -73,6 +77,8 @@ export interface TrainOptions extends ConversationOptions {
   minibatches?: number;
   /** The most tokens of one forward pass: bounds memory, not the result. @default {8192} */
   tokensPerPass?: number;
+  /** Whether the backward pass computes each decoder block again instead of keeping it: less memory, more time. @default {false} */
+  gradientCheckpointing?: boolean;
   /** Decay rate of AdamW's first moment. @default {0.9} */
   beta1?: number;
   /** Decay rate of AdamW's second moment. @default {0.95} */
@@ -103,9 +109,19 @@ export interface EvaluateOptions extends ConversationOptions {
   seed?: number;
   /** Items that are worked on at once. @default {64} */
   batchSize?: number;
+  /** What is cut out after a grounding turn: the policy's own box, or always a random, the true, or the whole one. @default {"own"} */
+  boxes?: "own" | "random" | "true" | "whole";
+  /** Whether every picture is replaced by a grey one. @default {false} */
+  blank?: boolean;
 }
 
 const conversation = optionTable({
+  form: {
+    kind: "choice",
+    choices: ["fixed", "free"],
+    default: "fixed",
+    help: "fixed: all turns but the last must ground; free: they may also answer, which ends the conversation.",
+  },
   temperature: { kind: "number", min: 0, default: 1, help: "Softmax temperature while sampling." },
   topP: { kind: "number", min: 0, above: true, max: 1, default: 1, help: "Nucleus mass." },
   maxNewTokens: {
@@ -153,8 +169,7 @@ export const trainTable = optionTable({
     kind: "choice",
     choices: ["mgpo", "grpo", "sft"],
     default: "mgpo",
-    help:
-      "mgpo: ground, then answer; grpo: one turn, same reward and optimizer; sft: cross-entropy on the short answer.",
+    help: "mgpo: ground, then answer; grpo: one turn, same reward and optimizer; sft: cross-entropy on good replies.",
   },
   seed: { ...seed, help: "Seed of every draw." },
   steps: { kind: "integer", min: 1, default: 50, help: "Training steps." },
@@ -225,9 +240,14 @@ export const trainTable = optionTable({
   },
   lossOn: {
     kind: "choice",
-    choices: ["all", "last"],
+    choices: ["all", "last", "every"],
     default: "all",
-    help: "Which assistant turns carry loss; last is the control of the ablation.",
+    help: "What carries loss: what the model wrote in all turns, in the last one, or every text token.",
+  },
+  overTurnMasking: {
+    kind: "boolean",
+    default: false,
+    help: "Whether conversations that used all turns without a boxed answer are left out of the update.",
   },
   trainVision: { kind: "boolean", default: false, help: "Whether the vision tower is trained too." },
   iterations: { kind: "integer", min: 1, default: 1, help: "Passes over the conversations of a step." },
@@ -237,6 +257,11 @@ export const trainTable = optionTable({
     min: 1,
     default: 8192,
     help: "The most tokens of one forward pass: bounds memory, not the result.",
+  },
+  gradientCheckpointing: {
+    kind: "boolean",
+    default: false,
+    help: "Whether the backward pass computes each decoder block again instead of keeping it: less memory, more time.",
   },
   beta1: { kind: "number", min: 0, max: 0.9999999, default: 0.9, help: "Decay rate of AdamW's first moment." },
   beta2: { kind: "number", min: 0, max: 0.9999999, default: 0.95, help: "Decay rate of AdamW's second moment." },
@@ -277,6 +302,14 @@ export const evaluateTable = optionTable({
   items: { kind: "integer", min: 1, default: 1000, help: "How many items; all of a smaller dataset." },
   seed: { ...seed, help: "Seed of the draws, and of the choice of items from a finite dataset." },
   batchSize: { kind: "integer", min: 1, default: 64, help: "Items that are worked on at once." },
+  boxes: {
+    kind: "choice",
+    choices: ["own", "random", "true", "whole"],
+    default: "own",
+    help:
+      "What is cut out after a grounding turn: the policy's own box, or always a random, the true, or the whole one.",
+  },
+  blank: { kind: "boolean", default: false, help: "Whether every picture is replaced by a grey one." },
   ...conversation,
 });
 
@@ -284,7 +317,7 @@ export const evaluateTable = optionTable({
 const MAX_NEW_TOKENS = [256, 512] as const;
 
 /** The most tokens of a reply by turn: as given, else as the policy suggests, else enough for a large model. */
-export function maxNewTokensFor(policy: Policy, given?: readonly number[]): number[] {
+export function maxNewTokensFor(policy: Pick<Policy, "maxNewTokens">, given?: readonly number[]): number[] {
   if (given) return [...given];
   return policy.maxNewTokens === undefined ? [...MAX_NEW_TOKENS] : [policy.maxNewTokens];
 }

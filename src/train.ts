@@ -6,6 +6,7 @@
  * | `mgpo` | 2     | what the model wrote in both turns                    | is the final answer right    |
  * | `grpo` | 1     | what the model wrote                                  | the same                     |
  * | `sft`  | 1     | the right answer in its box, given (cross-entropy)    | none                         |
+ * | `sft`  | 2     | the same, and the true box in the turn before         | none                         |
  *
  * A step depends on the settings, its number, the weights and the optimizer's state, and on nothing else: no clock, no order
  * of earlier draws. So a run goes on bit for bit from {@linkcode Training.state} and the weights.
@@ -15,10 +16,10 @@
 import type { Dataset, Sample } from "./data/dataset.ts";
 import { tf } from "./deps.ts";
 import { evaluate, type Evaluation, evaluationMetrics } from "./evaluate.ts";
-import { Trainer, type TrainerOptions, type TrainerState } from "./mgpo.ts";
-import type { Message, Policy, Sequence } from "./policy/policy.ts";
+import { groupAdvantages, Trainer, type TrainerOptions, type TrainerState } from "./mgpo.ts";
+import type { Policy, Sequence } from "./policy/policy.ts";
 import { binaryReward, combineRewards, type RewardPart, type RewardValue } from "./reward.ts";
-import { type PromptTemplate, renderChoices, renderTurn, resolveTemplate, rollout, summarize } from "./rollout.ts";
+import { demonstrate, isOver, type PromptTemplate, resolveTemplate, rollout, summarize } from "./rollout.ts";
 import type { RolloutBatch, RolloutOptions, Trajectory } from "./rollout.ts";
 import { InputError } from "./run/errors.ts";
 import type { StepRecord } from "./run/metrics.ts";
@@ -92,10 +93,13 @@ export interface TrainingState {
  *
  * @throws {InputError} naming the option that is unknown or impossible.
  */
-export function settleTraining(policy: Policy, dataset: Dataset, options: TrainOptions): TrainSettings {
+export function settleTraining(
+  policy: Pick<Policy, "maxNewTokens">,
+  dataset: Pick<Dataset, "hints">,
+  options: TrainOptions,
+): TrainSettings {
   const settings = withHints(resolveOptions(trainTable, { ...options }), dataset.hints);
   const { method, turns = method === "mgpo" ? 2 : 1 } = settings;
-  if (method === "sft" && turns !== 1) throw new InputError(`turns = ${turns}: sft has one turn; leave the option out`);
   return {
     ...settings,
     turns,
@@ -204,9 +208,9 @@ export class Training {
   async evaluate(): Promise<Evaluation | undefined> {
     const { heldOut, template } = this.#parts;
     if (!heldOut) return undefined;
-    const { turns, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, ...rest } = this.settings;
+    const { turns, form, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, ...rest } = this.settings;
     return await evaluate(this.#policy, heldOut, {
-      ...{ turns, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, template },
+      ...{ turns, form, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, template },
       temperature: rest.evalTemperature,
       items: rest.evalItems,
       batchSize: rest.evalBatch,
@@ -258,7 +262,7 @@ export class Training {
 
   /** Rollouts, rewards, and an update by them. */
   async #rewardStep(samples: readonly Sample[]): Promise<StepWork> {
-    const started = performance.now();
+    const { overTurnMasking, groupSize } = this.settings, started = performance.now();
     const { trajectories, skipped } = await rollout(this.#policy, samples, this.#rolloutOptions());
     const sampled = performance.now();
     const rewards = trajectories.map((t) => this.#score(samples[t.prompt], t));
@@ -266,35 +270,40 @@ export class Training {
     if (trajectories.length === 0) return { metrics: {}, tokens: 0, skipped };
     this.#report("update", `${trajectories.length} conversations`);
     const before = performance.now();
-    const update = await this.#trainer.update(trajectories, rewards.map((reward) => reward.total));
+    const totals = rewards.map((reward) => reward.total);
+    const used = overTurnMasking ? totals.map((total, i) => isOver(trajectories[i]) ? NaN : total) : totals;
+    const update = await this.#trainer.update(trajectories, used);
     const seconds = {
       "timing_s/rollout": (sampled - started) / 1000,
       "timing_s/update": (performance.now() - before) / 1000,
     };
     const { num_tokens, ...rolled } = summarize(trajectories);
     const { tokens, ...updated } = update;
-    const metrics = { ...updated, ...partMeans(rewards), ...rolled, "completions/tokens": tokens, ...seconds };
+    const logged = overTurnMasking ? rewardMoments(totals, groupSize) : {};
+    const rewarded = { ...logged, ...partMeans(rewards) };
+    const metrics = { ...updated, ...rewarded, ...rolled, "completions/tokens": tokens, ...seconds };
     return { metrics, tokens: num_tokens, skipped };
   }
 
   #rolloutOptions(): RolloutOptions {
-    const { turns, groupSize, maxNewTokens, temperature, topP, seed, ...rest } = this.settings;
+    const { turns, form, groupSize, maxNewTokens, temperature, topP, seed, ...rest } = this.settings;
     const { minBoxSide, maxAspect, minCropSide, squareCrop } = rest;
     return {
-      ...{ turns, groupSize, maxNewTokens, temperature, topP, seed, step: this.#step },
+      ...{ turns, form, groupSize, maxNewTokens, temperature, topP, seed, step: this.#step },
       ...{ minBoxSide, maxAspect, minCropSide, squareCrop, template: this.#parts.template },
       onProgress: ({ turn, tokens, running }) =>
         this.#report("rollout", `turn ${turn}/${turns}, token ${tokens}, ${running} running`),
     };
   }
 
-  /** Cross-entropy on the right answers. */
+  /** Cross-entropy on the replies of demonstrations. */
   async #supervisedStep(samples: readonly Sample[]): Promise<StepWork> {
-    const template = resolveTemplate(this.#parts.template);
     const examples: Example[] = [], skipped: RolloutBatch["skipped"] = [];
     for (const [prompt, sample] of samples.entries()) {
       try {
-        examples.push(await answerExample(this.#policy, sample, template));
+        const demonstration = sample.demonstration ?? { answer: `\\boxed{${shortAnswer(sample)}}` };
+        const sequence = await demonstrate(this.#policy, sample, demonstration, this.#rolloutOptions());
+        examples.push({ sequence, mask: sequence.assistantMask });
       } catch (error) {
         skipped.push({ sampleId: sample.id, prompt, error: error instanceof Error ? error.message : String(error) });
       }
@@ -347,30 +356,16 @@ function trainerOptions(settings: TrainSettings): TrainerOptions {
   const { schedule, warmup, minLearningRateRatio, steps, advantageScale, beta1, beta2, epsilon, ...rest } = settings;
   const { turns, maxNewTokens, learningRate, lossType, clipLow, clipHigh, delta, beta, importanceSampling } = rest;
   const { lossOn, temperature, trainVision, iterations, minibatches, tokensPerPass, weightDecay, maxGradNorm } = rest;
+  const { gradientCheckpointing } = rest;
   const limits = Array.from({ length: turns }, (_, turn) => maxNewTokens[Math.min(turn, maxNewTokens.length - 1)]);
   return {
     ...{ learningRate, lossType, clipLow, clipHigh, delta, beta, importanceSampling, lossOn, temperature },
-    ...{ trainVision, iterations, minibatches, tokensPerPass, weightDecay, maxGradNorm },
+    ...{ trainVision, iterations, minibatches, tokensPerPass, gradientCheckpointing, weightDecay, maxGradNorm },
     schedule: { kind: schedule, warmup, total: steps, minRatio: minLearningRateRatio },
     scale: advantageScale,
     betas: [beta1, beta2],
     eps: epsilon,
     maxCompletionLength: limits.reduce((sum, limit) => sum + limit, 0),
-  };
-}
-
-/** A one-turn conversation with the right answer in its box, as a policy that answers perfectly would have it. */
-async function answerExample(policy: Policy, sample: Sample, template: PromptTemplate): Promise<Example> {
-  const image = policy.prepareImage(await sample.picture());
-  const user = renderTurn(template.single, sample.question, renderChoices(sample, template));
-  const messages: Message[] = template.singleSystem === ""
-    ? [user]
-    : [{ role: "system", content: template.singleSystem }, user];
-  const prompt = policy.encodeChat(messages, [image]);
-  const reply = [...policy.encode(`\\boxed{${shortAnswer(sample)}}`), ...policy.stopTokens.slice(0, 1)];
-  return {
-    sequence: { ids: [...prompt, ...reply], images: [image] },
-    mask: [...prompt.map(() => 0), ...reply.map(() => 1)],
   };
 }
 
@@ -380,6 +375,12 @@ export function shortAnswer({ choices, choiceStyle = "lettered", answer }: Sampl
   const index = choices.indexOf(answer);
   if (index < 0) throw new InputError(`the answer ${JSON.stringify(answer)} is not among the choices`);
   return String.fromCharCode(65 + index);
+}
+
+/** The rewards of all conversations, those too that the update leaves out. */
+function rewardMoments(totals: readonly number[], groupSize: number): Record<string, number> {
+  const mean = (values: readonly number[]) => values.reduce((a, b) => a + b, 0) / values.length;
+  return { "reward/mean": mean(totals), "reward/std": mean(groupAdvantages(totals, groupSize).stds) };
 }
 
 /** Mean of each part of a reward that has several. */

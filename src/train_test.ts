@@ -106,6 +106,48 @@ Deno.test("sft lowers the cross-entropy of the right answers", async () => {
   policy.dispose();
 });
 
+Deno.test("sft in two turns imitates the true box and the answer; a sample without boxes is skipped", async () => {
+  const policy = await openPolicy(), world = signs(), reasons: string[] = [];
+  const some: Dataset = {
+    ...world,
+    get: async (i) => i % 2 === 0 ? await world.get(i) : { ...await world.get(i), boxes: undefined },
+  };
+  const options = { ...small, template, steps: 6, method: "sft", turns: 2, prompts: 6, evalEvery: 0 } as const;
+  const records = await Array.fromAsync(train(policy, some, {
+    ...options,
+    onRollouts: ({ skipped }) => void reasons.push(...skipped.map(({ error }) => error)),
+  }));
+  const losses = records.map((record) => record.policy_loss);
+  assert.ok(losses[5] < losses[0] - 1, losses.join(" "));
+  assert.ok(reasons.length > 0 && reasons.every((reason) => /has no boxes/.test(reason)), reasons[0]);
+  assert.equal(reasons.length, records.reduce((sum, record) => sum + record.samples_skipped, 0));
+  policy.dispose();
+});
+
+Deno.test("three turns, the free form, loss on every text token: a step of each learns", async () => {
+  for (const options of [{ turns: 3 }, { turns: 3, form: "free" }, { lossOn: "every" }] as TrainOptions[]) {
+    const policy = await openPolicy();
+    const heldOut = signs({ split: "heldout" }), limits = { maxNewTokens: [3, 2, 2], evalEvery: 1 };
+    const [record] = await run(policy, { ...limits, ...options, steps: 1, heldOut });
+    assert.ok(record.grad_norm > 0 && record["rollout/logprob_diff_max"] < 1e-4, JSON.stringify(options));
+    assert.equal(record["turns/mean"], options.turns ?? 2);
+    assert.ok(Number.isFinite(record.policy_loss) && Number.isFinite(record["eval/accuracy"]));
+    policy.dispose();
+  }
+});
+
+Deno.test("conversations without an answer can be left out of the update; their rewards are logged", async () => {
+  const policy = await openPolicy(), before = await weightsOf(policy);
+  const [masked] = await run(policy, { steps: 1, overTurnMasking: true, evalEvery: 0 });
+  assert.deepEqual(await weightsOf(policy), before, "the golden policy never answers, so nothing is learnt");
+  const [plain] = await run(policy, { steps: 1, evalEvery: 0 });
+  for (const name of ["reward/mean", "reward/std"]) assert.ok(Math.abs(masked[name] - plain[name]) < 1e-12, name);
+  assert.ok(plain["reward/std"] > 0);
+  assert.deepEqual([masked["turns/over_ratio"], masked["advantage/abs_mean"]], [1, 0]);
+  assert.ok(plain["advantage/abs_mean"] > 0);
+  policy.dispose();
+});
+
 Deno.test("the right answer is the letter of a lettered choice, else the answer itself", async () => {
   const sample = await signs().get(0);
   assert.equal(shortAnswer(sample), sample.answer);
@@ -146,6 +188,6 @@ Deno.test("unknown and impossible options are refused by name", async () => {
   await assert.rejects(start({ stps: 3 }), /stps: unknown option; did you mean steps\?/);
   await assert.rejects(start({ temperature: 0 }), /temperature = 0: must be a number above 0/);
   await assert.rejects(start({ beta: 0.1 }), /beta = 0\.1: the KL needs the base policy/);
-  await assert.rejects(start({ method: "sft", turns: 2 }), /sft has one turn/);
+  await assert.rejects(start({ form: "open" }), /form = "open": must be fixed or free/);
   policy.dispose();
 });

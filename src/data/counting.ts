@@ -8,6 +8,7 @@ import { RandomStream } from "../random.ts";
 import { isCorrect } from "../reward.ts";
 import type { Dataset, Sample } from "./dataset.ts";
 import { makeSign, placeCentres, type Scene, type SignColour, signColourNames } from "./signs.ts";
+import { signGrid, signPhrases } from "./signs_words.ts";
 import { drawScene, textureCount, textureSide } from "./signs_draw.ts";
 
 /** Changes whenever the same (seed, split, index) would give another picture or question. */
@@ -61,7 +62,15 @@ export function countingSample(scene: CountingScene, id: string): Sample {
     answer: String(scene.points.length),
     points: scene.points,
     pointTolerance,
+    demonstration: { answer: (inputSize) => countingReply(scene, inputSize) },
   };
+}
+
+/** A right reply: the points in reading order, in pixels of the resized picture on the grid of the tiny policy, then the number. */
+function countingReply({ points }: CountingScene, inputSize: readonly [number, number]): string {
+  const at = (value: number, axis: 0 | 1) => signGrid * Math.round(value * inputSize[axis] / size / signGrid);
+  const named = points.map(([x, y]) => `\n(${at(x, 0)}, ${at(y, 1)}) `);
+  return `${named.join("")}${signPhrases.box}${points.length}${signPhrases.boxEnd}`;
 }
 
 /**

@@ -1,4 +1,6 @@
 import assert from "node:assert/strict";
+import { binaryReward, pointReward } from "../reward.ts";
+import type { Trajectory } from "../rollout.ts";
 import { counting, countingMetrics, makeCountingScene } from "./counting.ts";
 
 Deno.test("counting scenes hold one to six signs of the colour and two or three others", async () => {
@@ -18,6 +20,15 @@ Deno.test("counting scenes hold one to six signs of the colour and two or three 
   const sample = await counting({ seed: 3 }).get(0);
   assert.equal(sample.answer, String(scenes[0].points.length));
   assert.equal((await sample.picture()).width, 672);
+  const { answer } = sample.demonstration!;
+  const reply = typeof answer === "string" ? answer : answer([112, 112]);
+  const trajectory = {
+    inputSize: [112, 112],
+    pictureSize: [672, 672],
+    turns: [{ text: reply }],
+  } as unknown as Trajectory;
+  assert.equal(binaryReward(sample, trajectory), 1);
+  assert.equal(pointReward(sample, trajectory), 1);
   assert.notDeepEqual(makeCountingScene(3, 0, "heldout").points, scenes[0].points);
   assert.throws(() => counting({ split: "test" as "train" }), /split must be "train" or "heldout"/);
 });

@@ -34,6 +34,24 @@ export interface Sample {
   readonly pointTolerance?: number;
   /** Further named regions, measured like `boxes` and logged as `grounding/<name>_ratio`. */
   readonly regions?: Readonly<Record<string, readonly Box[]>>;
+  /** How good replies are worded, for supervised training. @default {a fenced JSON list; the short answer in `\boxed{}`} */
+  readonly demonstration?: Demonstration;
+}
+
+/** The replies of a policy that knows where to look and what to answer. */
+export interface Demonstration {
+  /**
+   * The last reply, the right answer in its `\boxed{}`; a function of the resized picture's `[width, height]` where it names places.
+   */
+  readonly answer: string | ((inputSize: readonly [width: number, height: number]) => string);
+  /**
+   * A grounding reply, whose box counts as one that a model wrote: it must be valid.
+   *
+   * @param box The smallest valid box around the sample's boxes, in whole pixels of the resized picture.
+   * @param inputSize `[width, height]` of the resized picture.
+   * @default {a fenced JSON list with that box}
+   */
+  ground?(box: Box, inputSize: readonly [width: number, height: number]): string;
 }
 
 /** Rollout settings that a dataset asks for; a user's own settings go before them. See `RolloutOptions` in rollout.ts. */

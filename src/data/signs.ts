@@ -11,6 +11,7 @@
 import { RandomStream } from "../random.ts";
 import type { Box, Dataset, Sample } from "./dataset.ts";
 import { drawScene, shiftedTextureCount, textureCount, textureSide } from "./signs_draw.ts";
+import { answerReply, groundingReply, taughtSignBox } from "./signs_words.ts";
 
 /** Changes whenever the same (seed, split, index) would give another picture or question. */
 const worldVersion = 1;
@@ -244,9 +245,12 @@ export function makeScene(seed: number, index: number, options: SignsOptions = {
   };
 }
 
+/** Sides of a valid box are longer than this many resized pixels, with coordinates on a grid of 4: two grid steps are valid. */
+const minBoxSide = 7, leastSide = 8;
+
 /** The sample that asks a scene's question; the picture is drawn when it is asked for. */
 export function sceneSample(scene: Scene, id: string): Sample {
-  const { box, plate } = scene.signs[scene.target];
+  const sign = scene.signs[scene.target], { box, plate, colour } = sign;
   return {
     id,
     picture: () => Promise.resolve(drawScene(scene)),
@@ -256,6 +260,10 @@ export function sceneSample(scene: Scene, id: string): Sample {
     answer: scene.answer,
     boxes: [box],
     regions: { plate: [plate] },
+    demonstration: {
+      answer: answerReply(colour, scene.answer),
+      ground: (_, inputSize) => groundingReply(colour, taughtSignBox(sign, scene.size, inputSize, leastSide)),
+    },
   };
 }
 
@@ -282,9 +290,8 @@ export function signs(options: SignsOptions & { seed?: number } = {}): Dataset {
   return {
     name: size === 672 ? `${name}/${split}` : `${name}:${size}/${split}`,
     size: Infinity,
-    // Coordinates are said on a grid of 4 resized pixels and sides must exceed the limit: with 7, two grid steps are valid.
     // Two grid steps are 48 pixels of the original at the default sixfold reduction.
-    hints: { minBoxSide: 7, minCropSide: 48, squareCrop: true },
+    hints: { minBoxSide, minCropSide: 48, squareCrop: true },
     fingerprint: `${name} v${worldVersion} split=${split} seed=${seed} size=${size} largeShare=${largeShare}`,
     get: async (index) => await sceneSample(makeScene(seed, index, settings), `${name}-${split}-${seed}-${index}`),
   };

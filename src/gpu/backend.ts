@@ -4,10 +4,14 @@
  *
  * @module
  */
-import { tf, tfwebgpu } from "../deps.ts";
+import { tf } from "../deps.ts";
 import { InputError } from "../run/errors.ts";
+import { guardAllocation } from "../wasm/memory.ts";
+import { watchDevice } from "./device_errors.ts";
 import { installWebgpuKernels } from "./kernels/register.ts";
-import { installWasmKernels } from "../wasm/register.ts";
+import { DeviceMemoryUse } from "./memory.ts";
+import { installWasmKernels, useWasmThreads } from "../wasm/register.ts";
+import { startShared } from "../wasm/shared_memory.ts";
 
 /** The backends that the project runs on. */
 export type BackendName = "webgpu" | "wasm";
@@ -32,7 +36,9 @@ export interface BackendChoice {
   reason: string;
   /** The adapter that was found, used or not. */
   adapter?: AdapterInfo;
-  /** What a user may want to change; only where `auto` could not take a GPU. */
+  /** How many threads compute; on `wasm` only. */
+  threads?: number;
+  /** What a user may want to change, in one line: where `auto` could not take a GPU, or threads could not be had. */
   notice?: string;
 }
 
@@ -85,20 +91,34 @@ export function decideBackend(name: string, adapter: AdapterInfo | undefined): B
  *
  * @param name `auto` (a real GPU if there is one, otherwise wasm), `webgpu` or `wasm`. @default {"auto"}
  * @param options.onLost Called when the GPU device is lost or reports an error that no call received.
- * @throws {InputError} if the name is unknown, there is no adapter for `webgpu`, or the backend cannot start.
+ * @param options.threads Threads that compute, on `wasm`; results do not depend on it. 1 starts no others; where they cannot be had, a
+ * notice says so and one thread computes. A later call changes the number, unless the first one asked for 1.
+ * @default {as in the call before, at first all processor cores}
+ * @throws {InputError} if the name is unknown, there is no adapter for `webgpu`, the backend cannot start, or the number of threads is no
+ * whole number of at least 1.
  */
 export async function chooseBackend(
   name = "auto",
-  options: { onLost?: (message: string) => void } = {},
+  options: { onLost?: (message: string) => void; threads?: number } = {},
 ): Promise<BackendChoice> {
+  const threads = options.threads ?? threadsBefore ?? navigator.hardwareConcurrency;
+  if (!Number.isInteger(threads) || threads < 1) {
+    throw new InputError(`--threads ${threads}: must be a whole number of at least 1`);
+  }
+  threadsBefore = options.threads ?? threadsBefore;
   const choice = decideBackend(name, name === "auto" || name === "webgpu" ? await findAdapter() : undefined);
   if (choice.backend === "webgpu") {
     tf.env().set("WEBGPU_MATMUL_PROGRAM_TYPE", PACKED_MATMUL);
   }
-  await startBackend(choice);
-  if (choice.backend === "webgpu") watchDevice(options.onLost ?? ((message) => console.error(message)));
+  await startBackend(choice, threads);
+  guardAllocation(tf.backend());
+  DeviceMemoryUse.of(tf.backend());
+  watchDevice(options.onLost ?? ((message) => console.error(message)));
   return choice;
 }
+
+/** The number of threads that a caller asked for last. */
+let threadsBefore: number | undefined;
 
 /** Asks WebGPU for its adapter; undefined where there is none. */
 async function findAdapter(): Promise<AdapterInfo | undefined> {
@@ -120,17 +140,22 @@ function quietMesa(): void {
   if (!Deno.env.get("XDG_RUNTIME_DIR")) Deno.env.set("XDG_RUNTIME_DIR", "/");
 }
 
-async function startBackend({ backend }: BackendChoice): Promise<void> {
+/** Starts the backend with its kernels; the choice is completed by the threads. */
+async function startBackend(choice: BackendChoice, threads: number): Promise<void> {
+  const { backend } = choice, start = () => tf.setBackend(backend);
   let started = false, cause: unknown;
   try {
-    started = await tf.setBackend(backend);
+    started = await (backend === "wasm" && threads > 1 ? startShared(start) : start());
     await tf.ready();
   } catch (error) {
     cause = error;
   }
   if (started && tf.getBackend() === backend) {
-    if (backend === "wasm") installWasmKernels();
-    else installWebgpuKernels();
+    if (backend === "webgpu") return installWebgpuKernels();
+    installWasmKernels();
+    const used = await useWasmThreads(threads);
+    choice.threads = used.threads;
+    choice.notice = [choice.notice, used.notice].filter(Boolean).join("; ") || undefined;
     return;
   }
   const advice = backend === "wasm"
@@ -140,29 +165,13 @@ async function startBackend({ backend }: BackendChoice): Promise<void> {
   throw new InputError(`--backend ${backend}: it could not be started${why}; ${advice}`);
 }
 
-/** tfjs ignores both events, and a lost device otherwise shows as results of zeros. */
-function watchDevice(report: (message: string) => void): void {
-  const backend = tf.backend();
-  if (!(backend instanceof tfwebgpu.WebGPUBackend)) return;
-  const device = backend.device;
-  if (watched.has(device)) return;
-  watched.add(device);
-  device.lost.then(({ reason, message }) => {
-    // `destroyed` is our own tf.removeBackend or the end of the program.
-    if (reason !== "destroyed") report(`the GPU device was lost: ${message || reason}; start again with --resume`);
-  });
-  device.addEventListener("uncapturederror", (event) => {
-    report(`the GPU reported an error: ${(event as GPUUncapturedErrorEvent).error.message}`);
-  });
-}
-const watched = new WeakSet<GPUDevice>();
-
 /** An adapter in a few words. */
 function adapterLabel({ vendor, device, description }: AdapterInfo): string {
   return description || `vendor ${vendor}, device ${device}`;
 }
 
-/** One line that names the backend and the reason. */
-export function describeBackend({ backend, reason }: BackendChoice): string {
-  return `backend ${backend}: ${reason}`;
+/** One line that names the backend, its threads and the reason. */
+export function describeBackend({ backend, reason, threads }: BackendChoice): string {
+  const count = threads === undefined ? "" : `, ${threads} ${threads === 1 ? "thread" : "threads"}`;
+  return `backend ${backend}${count}: ${reason}`;
 }

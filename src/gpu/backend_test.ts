@@ -33,8 +33,11 @@ Deno.test("an explicit backend is taken as asked, or refused in one line", () =>
 });
 
 Deno.test("the wasm backend starts and multiplies", async () => {
-  const choice = await chooseBackend("wasm");
+  const choice = await chooseBackend("wasm", { threads: 2 });
   assert.equal(choice.backend, "wasm");
+  assert.equal(choice.threads, 2);
+  assert.equal(choice.notice, undefined);
+  assert.equal(describeBackend(choice), "backend wasm, 2 threads: asked for");
   assert.equal(tf.getBackend(), "wasm");
   const product = tf.tidy(() => tf.tensor2d([[1, 2], [3, 4]]).matMul(tf.tensor2d([[1, 0], [0, 2]])));
   assert.deepEqual(await product.array(), [[1, 4], [3, 8]]);

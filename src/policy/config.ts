@@ -30,6 +30,8 @@ export interface TextConfig {
   mropeSection: readonly [number, number, number];
   /** Whether the output head is the embedding matrix. */
   tied: boolean;
+  /** Positions that the model was made for (`max_position_embeddings`); longer sequences are refused. @default {no limit} */
+  maxPositions?: number;
 }
 
 /** The vision tower's half. */
@@ -263,6 +265,7 @@ function parseText(fields: Fields, root: Fields): TextConfig {
     rmsNormEps: fields.positive("rms_norm_eps", 1e-6),
     ...parseRope(fields, headDim),
     tied: (root.find("tie_word_embeddings") === undefined ? fields : root).boolean("tie_word_embeddings", false),
+    maxPositions: fields.optionalInt("max_position_embeddings", 1),
   };
 }
 

@@ -22,6 +22,7 @@ Deno.test("the nested and the published layout give the same configuration", asy
     ropeTheta: 1e6,
     mropeSection: [2, 3, 3],
     tied: true,
+    maxPositions: 4096,
   });
   assert.deepEqual(nested.vision, {
     depth: 4,

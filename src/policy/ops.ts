@@ -264,78 +264,117 @@ function attendUnits(
 
 const MASKED = -1e9;
 
+/** Packed tokens laid out as S sequences of equal length, and back. */
+interface Padding {
+  /** Tokens of each padded sequence. */
+  readonly length: number;
+  /** The token at each padded place, −1 for none; null where packed tokens already lie so. */
+  readonly pad: number[] | null;
+  /** The padded place of each token. */
+  readonly back: Int32Array;
+}
+
+/** Padding of segments to the longest of them, at their starts or at their ends. */
+function paddingOf({ cu }: Segments, atStart: boolean): Padding {
+  const count = cu.length - 1, lengths = Array.from({ length: count }, (_, s) => cu[s + 1] - cu[s]);
+  const length = lengths.reduce((most, n) => Math.max(most, n), 0), back = new Int32Array(cu[count]);
+  if (lengths.every((n) => n === length)) return { length, pad: null, back };
+  const pad: number[] = new Array(count * length).fill(-1);
+  for (let s = 0; s < count; s++) {
+    const from = s * length + (atStart ? length - lengths[s] : 0);
+    for (let i = 0; i < lengths[s]; i++) pad[back[cu[s] + i] = from + i] = cu[s] + i;
+  }
+  return { length, pad, back };
+}
+
+/** The causal mask of padded scores, `[1, group·rows, columns]`: row i sees columns up to i + columns − rows. */
+function triangleOf(group: number, rows: number, columns: number): tf.Tensor3D {
+  const m = new Float32Array(group * rows * columns), more = columns - rows;
+  for (let r = 0; r < group * rows; r++) {
+    m.fill(MASKED, r * columns + Math.min((r % rows) + more + 1, columns), (r + 1) * columns);
+  }
+  return tf.tensor3d(m, [1, group * rows, columns]);
+}
+
+/** `[units, 1, columns]`: masks the padding of the keys of `units` units from `from` on. */
+function paddingMask({ length, pad }: Padding, kvHeads: number, units: number, from: number): tf.Tensor3D {
+  const mask = new Float32Array(units * length);
+  for (let u = 0; u < units; u++) {
+    const s = Math.floor((from + u) / kvHeads);
+    for (let j = 0; j < length; j++) if (pad![s * length + j] < 0) mask[u * length + j] = MASKED;
+  }
+  return tf.tensor3d(mask, [units, 1, length]);
+}
+
 function attentionPlain(
   q: tf.Tensor3D,
   k: tf.Tensor3D,
   v: tf.Tensor3D,
-  { cu }: Segments,
+  segments: Segments,
   causal: boolean,
   scale: number,
+  keys: Segments,
 ): tf.Tensor3D {
-  const [total, heads, d] = q.shape, kvHeads = k.shape[1], group = heads / kvHeads, count = cu.length - 1;
-  let length = 0, equal = true;
-  for (let s = 0; s < count; s++) {
-    const n = cu[s + 1] - cu[s];
-    if (s > 0 && n !== length) equal = false;
-    length = Math.max(length, n);
-  }
-  const pad: number[] = [], back = new Int32Array(total);
-  if (!equal) {
-    for (let s = 0; s < count; s++) {
-      for (let i = 0; i < length; i++) {
-        const t = cu[s] + i;
-        if (t < cu[s + 1]) back[t] = pad.length;
-        pad.push(t < cu[s + 1] ? t : -1);
-      }
-    }
-  }
-  const toUnits = (x: tf.Tensor3D, h: number): tf.Tensor3D => {
-    const flat = tf.reshape(x, [total, h * d]) as tf.Tensor2D;
-    const padded = equal ? flat : gatherRows(flat, pad);
+  const [total, heads, d] = q.shape, kvHeads = k.shape[1], group = heads / kvHeads, count = segments.cu.length - 1;
+  // Padding at the starts lets one triangle serve segments whose keys are ahead of their queries by different lengths.
+  const ahead = keys.cu.map((start, s) => start - segments.cu[s]);
+  const atStart = causal && ahead.some((a, s) => a !== s * ahead[1]);
+  const [rows, columns] = [paddingOf(segments, atStart), paddingOf(keys, atStart)];
+  const toUnits = (x: tf.Tensor3D, h: number, { length, pad }: Padding): tf.Tensor3D => {
+    const flat = tf.reshape(x, [x.shape[0], h * d]) as tf.Tensor2D;
+    const padded = pad === null ? flat : gatherRows(flat, pad);
     const g = h / kvHeads; // query heads of one key head become further rows of the same unit
     const split = tf.transpose(tf.reshape(padded, [count, length, kvHeads, g * d]), [0, 2, 1, 3]);
     if (g === 1) return tf.reshape(split, [count * kvHeads, length, d]);
     const rows = tf.transpose(tf.reshape(split, [count * kvHeads, length, g, d]), [0, 2, 1, 3]);
     return tf.reshape(rows, [count * kvHeads, g * length, d]);
   };
-  let triangle: tf.Tensor | null = null;
-  if (causal) {
-    const m = new Float32Array(group * length * length);
-    for (let r = 0; r < group * length; r++) {
-      for (let j = (r % length) + 1; j < length; j++) m[r * length + j] = MASKED;
-    }
-    triangle = tf.tensor3d(m, [1, group * length, length]);
-  }
+  const triangle = causal ? triangleOf(group, rows.length, columns.length) : null;
   const mask = (units: number, from: number): tf.Tensor | null => {
-    if (equal) return triangle;
-    const keys = new Float32Array(units * length);
-    for (let u = 0; u < units; u++) {
-      const s = Math.floor((from + u) / kvHeads), n = cu[s + 1] - cu[s];
-      keys.fill(MASKED, u * length + n, (u + 1) * length);
-    }
-    const bias = tf.tensor3d(keys, [units, 1, length]);
+    if (columns.pad === null) return triangle;
+    const bias = paddingMask(columns, kvHeads, units, from);
     return triangle ? tf.add(bias, triangle) : bias;
   };
-  const out = attendUnits(toUnits(q, heads), toUnits(k, kvHeads), toUnits(v, kvHeads), mask, scale);
-  let rows = out as tf.Tensor;
+  const [qs, ks, vs] = [toUnits(q, heads, rows), toUnits(k, kvHeads, columns), toUnits(v, kvHeads, columns)];
+  let out = attendUnits(qs, ks, vs, mask, scale) as tf.Tensor;
   if (group > 1) {
-    rows = tf.transpose(tf.reshape(rows, [count * kvHeads, group, length, d]), [0, 2, 1, 3]);
+    out = tf.transpose(tf.reshape(out, [count * kvHeads, group, rows.length, d]), [0, 2, 1, 3]);
   }
-  rows = tf.transpose(tf.reshape(rows, [count, kvHeads, length, group * d]), [0, 2, 1, 3]);
-  const packed = tf.reshape(rows, [count * length, heads * d]) as tf.Tensor2D;
-  return tf.reshape(equal ? packed : gatherRows(packed, back), [total, heads, d]);
+  out = tf.transpose(tf.reshape(out, [count, kvHeads, rows.length, group * d]), [0, 2, 1, 3]);
+  const packed = tf.reshape(out, [count * rows.length, heads * d]) as tf.Tensor2D;
+  return tf.reshape(rows.pad === null ? packed : gatherRows(packed, rows.back), [total, heads, d]);
+}
+
+/** Refuses keys that don't fit their queries. */
+function checkKeys({ cu }: Segments, keys: Segments, causal: boolean): void {
+  if (keys.cu.length !== cu.length) {
+    throw new RangeError(
+      `attention: ${cu.length - 1} segments of queries but ${keys.cu.length - 1} segments of keys; each needs its own`,
+    );
+  }
+  for (let s = 0; s + 1 < cu.length; s++) {
+    const [queries, count] = [cu[s + 1] - cu[s], keys.cu[s + 1] - keys.cu[s]];
+    if (count >= (causal ? queries : Math.min(queries, 1))) continue;
+    const need = causal ? "causal attention needs at least as many keys as queries" : "queries need at least one key";
+    throw new RangeError(`attention: segment ${s} has ${queries} queries and ${count} keys; ${need}`);
+  }
 }
 
 /**
- * Softmax attention within segments of packed tokens, with grouped key-value heads.
+ * Softmax attention within segments of packed tokens, with grouped key-value heads. A segment's queries can be the last ones of
+ * a longer sequence of keys: the tokens after a shared prefix, or those that extend a cache.
  *
  * @param q `[N, H, d]`
- * @param k `[N, Hkv, d]`, Hkv divides H
- * @param v `[N, Hkv, d]`
- * @param segments Tokens attend within their segment only.
- * @param causal Whether a token attends to itself and earlier ones only.
+ * @param k `[M, Hkv, d]`, Hkv divides H
+ * @param v `[M, Hkv, d]`
+ * @param segments How the N queries are cut. Queries meet the keys of their segment only; a segment may have no queries.
+ * @param causal Whether a query sees only keys up to its own place, both counted from the end of the segment: query i of Lq sees
+ * keys j ≤ i + Lk − Lq.
  * @param scale Scores are multiplied by it.
+ * @param keys How the M keys are cut, into as many segments. @default {segments}
  * @returns `[N, H, d]`
+ * @throws {RangeError} if the counts of segments differ, or a segment has fewer keys than queries (if causal) or no key for its
+ * queries.
  */
 export function attention(
   q: tf.Tensor3D,
@@ -344,16 +383,21 @@ export function attention(
   segments: Segments,
   causal: boolean,
   scale: number,
+  keys: Segments = segments,
 ): tf.Tensor3D {
-  if (!hasFused("MgpoAttention")) return tf.tidy(() => attentionPlain(q, k, v, segments, causal, scale));
+  if (keys !== segments) checkKeys(segments, keys, causal);
+  if (!hasFused("MgpoAttention")) {
+    return tf.tidy(() => attentionPlain(q, k, v, segments, causal, scale, keys));
+  }
   return custom<tf.Tensor3D>([q, k, v], ([q, k, v], save) => {
-    const cuSeqlens = toIndex(segments.cu);
-    const [out, lse] = runMany("MgpoAttention", { q, k, v, cuSeqlens }, { causal, scale });
-    save([q, k, v, out, lse, cuSeqlens]);
+    const cuSeqlens = toIndex(segments.cu), own = keys === segments ? [] : [toIndex(keys.cu)];
+    const given = ([cuSeqlensK]: tf.Tensor[]) => cuSeqlensK ? { cuSeqlensK } : undefined;
+    const [out, lse] = runMany("MgpoAttention", { q, k, v, cuSeqlens, ...given(own) }, { causal, scale });
+    save([q, k, v, out, lse, cuSeqlens, ...own]);
     return {
       value: out,
-      gradFunc: (dout, [q, k, v, out, lse, cuSeqlens]) =>
-        runMany("MgpoAttentionGrad", { q, k, v, out, lse, dout, cuSeqlens }, { causal, scale }),
+      gradFunc: (dout, [q, k, v, out, lse, cuSeqlens, ...own]) =>
+        runMany("MgpoAttentionGrad", { q, k, v, out, lse, dout, cuSeqlens, ...given(own) }, { causal, scale }),
     };
   });
 }

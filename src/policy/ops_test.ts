@@ -57,11 +57,25 @@ const cases: [string, number[][], (...x: tf.Tensor[]) => tf.Tensor][] = [
         return [
           `attention, segments ${lengths}, ${causal ? "causal" : "full"}, heads ${heads}/${kvHeads}`,
           [[n, heads, d], [n, kvHeads, d], [n, kvHeads, d]],
-          (q, k, v) =>
-            ops.attention(q as tf.Tensor3D, k as tf.Tensor3D, v as tf.Tensor3D, ops.segmentsOf(lengths), causal, 0.5),
+          (...x) => attend(x, lengths, causal),
         ];
       })
     )
+  ),
+  ...([
+    [[1], [53], true],
+    [[3, 0, 7, 1], [9, 5, 7, 40], true],
+    [[4, 4], [11, 11], true],
+    [[2, 13, 0], [5, 1, 3], false],
+  ] as [number[], number[], boolean][]).flatMap(([lengths, keys, causal]) =>
+    [[3, 3], [6, 2]].map(([heads, kvHeads]): typeof cases[number] => {
+      const [n, m] = [lengths, keys].map((x) => x.reduce((a, b) => a + b, 0)), d = 4;
+      return [
+        `attention, segments ${lengths} on keys ${keys}, ${causal ? "causal" : "full"}, heads ${heads}/${kvHeads}`,
+        [[n, heads, d], [m, kvHeads, d], [m, kvHeads, d]],
+        (...x) => attend(x, lengths, causal, keys),
+      ];
+    })
   ),
   [
     "headLogProbEntropy",
@@ -75,6 +89,19 @@ const cases: [string, number[][], (...x: tf.Tensor[]) => tf.Tensor][] = [
     (x) => ops.logProbEntropy(x as tf.Tensor2D, [0, 16, 3, 3, 9, 1], suppress(17, [2, 5]), 0.7),
   ],
 ];
+
+function attend([q, k, v]: tf.Tensor[], lengths: number[], causal: boolean, keys?: number[]): tf.Tensor {
+  const given = keys && ops.segmentsOf(keys);
+  return ops.attention(
+    q as tf.Tensor3D,
+    k as tf.Tensor3D,
+    v as tf.Tensor3D,
+    ops.segmentsOf(lengths),
+    causal,
+    0.5,
+    given,
+  );
+}
 
 function suppress(vocab: number, ids: number[]): tf.Tensor1D {
   return tf.tensor1d(Float32Array.from({ length: vocab }, (_, v) => ids.includes(v) ? -1e30 : 0));
@@ -147,6 +174,65 @@ Deno.test("the plain gradient of log-probs and entropy is that of automatic diff
   });
   own.forEach((o, i) => assert.ok(worst(o, auto[i]) < 2e-6, `output ${i}`));
   logits.dispose();
+});
+
+Deno.test("queries after a prefix get what a causal pass over everything gives them, within 2e-6, and so do gradients", () => {
+  const full = [7, 12, 5], suffix = [3, 12, 0], rows = [4, 5, 6, ...Array.from({ length: 12 }, (_, i) => 7 + i)];
+  const inputs = [normal([24, 4 * 6], 1), normal([24, 2, 6], 2), normal([24, 2, 6], 3)];
+  const pick = (x: tf.Tensor) => ops.gatherRows(x as tf.Tensor2D, rows);
+  const heads = (x: tf.Tensor) => tf.reshape(x, [x.shape[0], 4, 6]);
+  for (const kernels of ["plain", "fused"] as const) {
+    const whole = measure(
+      kernels,
+      inputs,
+      (q, k, v) => pick(tf.reshape(attend([heads(q), k, v], full, true), [24, 24])),
+    );
+    const part = measure(
+      kernels,
+      inputs,
+      (q, k, v) => tf.reshape(attend([heads(pick(q)), k, v], suffix, true, full), [15, 24]),
+    );
+    whole.forEach((w, i) => assert.ok(w.some((x) => x !== 0) && worst(part[i], w) < 2e-6, `${kernels} output ${i}`));
+  }
+  tf.dispose(inputs);
+});
+
+Deno.test("keys that are cut as their queries give the same bits whether they are named or not", () => {
+  const lengths = [3, 0, 30, 6], inputs = [normal([39, 4, 6], 1), normal([39, 2, 6], 2), normal([39, 2, 6], 3)];
+  for (const kernels of ["plain", "fused"] as const) {
+    const [named, left] = [lengths, undefined].map((keys) =>
+      measure(kernels, inputs, (...x) => attend(x, lengths, true, keys))
+    );
+    assert.deepEqual(named, left);
+  }
+  tf.dispose(inputs);
+});
+
+Deno.test("attention without any query: no output, and no gradient for the keys", () => {
+  const inputs = [tf.zeros([0, 2, 4]), normal([5, 1, 4], 1), normal([5, 1, 4], 2)];
+  for (const kernels of ["plain", "fused"] as const) {
+    const [out, dq, dk, dv] = measure(kernels, inputs, (...x) => attend(x, [0, 0], true, [3, 2]));
+    assert.deepEqual([out.length, dq.length], [0, 0]);
+    assert.deepEqual([...dk, ...dv], new Array(40).fill(0));
+  }
+  tf.dispose(inputs);
+});
+
+Deno.test("attention names the segment whose keys are too few, and unequal counts", () => {
+  const [q, k] = [tf.zeros([5, 1, 2]), tf.zeros([4, 1, 2])];
+  for (const kernels of ["plain", "fused"] as const) {
+    ops.useKernels(kernels);
+    const refuse = (lengths: number[], keys: number[], causal: boolean, message: RegExp): void =>
+      assert.throws(
+        () => attend([q, k, k], lengths, causal, keys),
+        (error) => error instanceof RangeError && message.test(error.message),
+      );
+    refuse([2, 3], [2, 2], true, /segment 1 has 3 queries and 2 keys/);
+    refuse([2, 3], [4, 0], false, /segment 1 has 3 queries and 0 keys/);
+    refuse([2, 3], [4], false, /2 segments of queries but 1 segments of keys/);
+  }
+  ops.useKernels("fused");
+  tf.dispose([q, k]);
 });
 
 Deno.test("an unknown choice of kernels is refused", () => {

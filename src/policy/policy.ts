@@ -56,6 +56,19 @@ export interface GenerateOptions {
   suppressTokens?: readonly number[];
   /** Called after each decoding step with the number of tokens done and rows still running. */
   onToken?: (tokens: number, running: number) => void;
+  /**
+   * What the last call with the same cache computed is not computed again for sequences that begin with one of its sequences and
+   * completions. Its results are the same but for rounding. The policy must not change between the calls.
+   */
+  cache?: PrefixCache;
+  /** Whether the cache takes in what this call computes, instead of what it held; false saves the last of several calls from it. @default {true} */
+  keepCache?: boolean;
+}
+
+/** Keys and values of past calls of {@linkcode Policy.generate}, made by {@linkcode Policy.createPrefixCache}. */
+export interface PrefixCache {
+  /** Releases everything; the cache cannot be used any more. */
+  dispose(): void;
 }
 
 /** What the model wrote after one sequence. */
@@ -76,6 +89,16 @@ export interface LogProbOptions {
   trainVision?: boolean;
   /** Ids left out of the softmax, as in generation. @default {the policy's `suppressTokens`} */
   suppressTokens?: readonly number[];
+  /**
+   * Whether neighbouring sequences that begin with the same tokens and images go through the decoder once as far as they agree.
+   * Results and gradients are the same but for rounding. @default {true}
+   */
+  sharePrefix?: boolean;
+  /**
+   * Whether the backward pass computes each decoder block again instead of keeping its inside. Results and gradients are the same;
+   * it takes less memory and one more forward pass through the decoder. @default {false}
+   */
+  gradientCheckpointing?: boolean;
 }
 
 /** Log-probs of chosen tokens, rows padded on the right with 0 to the longest. */
@@ -128,6 +151,11 @@ export interface Policy {
   decode(ids: readonly number[], skipSpecial?: boolean): string;
   /** Samples one completion for each sequence. */
   generate(sequences: readonly Sequence[], options: GenerateOptions): Promise<Completion[]>;
+  /**
+   * A cache for {@linkcode GenerateOptions.cache}, to be disposed of by the caller. A policy that keeps nothing between calls (a
+   * remote one) leaves this out.
+   */
+  createPrefixCache?(): PrefixCache;
   /**
    * Log-probs of the tokens where `masks[b][t]` is 1 (never at t = 0). Synchronous and differentiable with respect to
    * {@linkcode parameters}; the caller owns the result.

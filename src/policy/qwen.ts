@@ -5,10 +5,13 @@
  */
 import { tf } from "../deps.ts";
 import { DecodeEngine } from "../gpu/decode/engine.ts";
-import type { DecodeInput } from "../gpu/decode/input.ts";
 import type { QwenConfig } from "./config.ts";
+import { FeatureCache } from "./feature_cache.ts";
+import { type BatchOptions, checkSampling, generateBatch, readback } from "./generate.ts";
 import type { ImageProcessor } from "./image_processor.ts";
-import { currentKernels, gatherRows, headLogProbEntropy, logProbEntropy, segmentsOf } from "./ops.ts";
+import { tokenLogProbs } from "./log_probs.ts";
+import { currentKernels, segmentsOf } from "./ops.ts";
+import { imageTokens, type Packed, packSequences } from "./packing.ts";
 import type { Picture } from "./picture.ts";
 import type {
   Completion,
@@ -17,29 +20,19 @@ import type {
   LogProbOptions,
   Message,
   Policy,
+  PrefixCache,
   Sequence,
   TokenLogProbs,
 } from "./policy.ts";
-import { type RopeIndex, ropeIndex, textRopeTable } from "./rope_index.ts";
-import { type SamplerOptions, sampleToken } from "./sampler.ts";
-import {
-  decodeStep,
-  embed,
-  head,
-  headParts,
-  KeyValueCache,
-  type RopeTensors,
-  textForward,
-  type TextHooks,
-} from "./text.ts";
+import { type Bank, disposeBank, KeptPrefixes, keySource } from "./prefix_cache.ts";
+import { type RopeIndex, textRopeTable } from "./rope_index.ts";
+import { embed, head, type RopeTensors, textForward, type TextHooks } from "./text.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import type { Tensor2D, Variable } from "../tensors.ts";
 import { type Inspect, type VisionFeatures, visionForward, type Weights } from "./vision.ts";
 
 /** Prompts are prefilled, and pictures encoded, in batches of at most this many tokens or patches. */
 const BATCH_TOKENS = 1 << 14;
-/** Logits are made in pieces of at most this many elements (64 MiB). */
-const MAX_LOGITS = 1 << 24;
 /** Suppressed logits get this much; adding it keeps everything finite. */
 const SUPPRESSED = -1e30;
 
@@ -48,50 +41,6 @@ export function withoutGradient<T extends tf.Tensor>(f: () => T): T {
   // Inside a custom gradient nothing is recorded; the dummy input satisfies its signature.
   const op = tf.customGrad((x) => ({ value: f(), gradFunc: () => tf.zerosLike(x as tf.Tensor) }));
   return tf.keep(tf.tidy(() => op(tf.scalar(0)))) as T;
-}
-
-/** Packed inputs of several sequences. */
-export interface Packed {
-  ids: Int32Array;
-  lengths: number[];
-  /** Row of the concatenated image features for image tokens, −1 for words. */
-  featureRow: Int32Array;
-  /** The distinct images, in the order of their features. */
-  images: ImageInput[];
-  index: RopeIndex[];
-}
-
-/** Feature cache of a frozen tower: least recently used first. */
-class FeatureCache {
-  #byKey = new Map<string, tf.Tensor2D>();
-  #rows = 0;
-  constructor(readonly maxRows: number) {}
-  get(key: string): tf.Tensor2D | undefined {
-    const found = this.#byKey.get(key);
-    if (found) {
-      this.#byKey.delete(key);
-      this.#byKey.set(key, found);
-    }
-    return found;
-  }
-  set(key: string, features: tf.Tensor2D): void {
-    this.#byKey.set(key, features);
-    this.#rows += features.shape[0];
-  }
-  /** Drops the oldest entries beyond the bound; never called while entries are in use. */
-  trim(): void {
-    for (const [key, features] of this.#byKey) {
-      if (this.#rows <= this.maxRows) return;
-      this.#byKey.delete(key);
-      this.#rows -= features.shape[0];
-      features.dispose();
-    }
-  }
-  clear(): void {
-    for (const features of this.#byKey.values()) features.dispose();
-    this.#byKey.clear();
-    this.#rows = 0;
-  }
 }
 
 /** What a {@linkcode QwenPolicy} is made of. */
@@ -132,6 +81,8 @@ export class QwenPolicy implements Policy {
   #stale = false;
   #save: QwenParts["save"];
   #engine?: DecodeEngine;
+  #engineNotice = false;
+  readonly #caches = new Set<KeptPrefixes>();
   #suppressBias = new Map<string, tf.Tensor1D>();
 
   /**
@@ -164,8 +115,7 @@ export class QwenPolicy implements Policy {
   }
 
   #imageTokens(images: readonly ImageInput[]): number[] {
-    const unit = this.config.vision.spatialMergeSize ** 2;
-    return images.map(({ grid_thw: [t, h, w] }) => (t * h * w) / unit);
+    return images.map((image) => imageTokens(image, this.config));
   }
 
   encodeChat(messages: readonly Message[], images: readonly ImageInput[], addGenerationPrompt = true): number[] {
@@ -249,39 +199,7 @@ export class QwenPolicy implements Policy {
    * @internal
    */
   pack(sequences: readonly Sequence[]): Packed {
-    const merge = this.config.vision.spatialMergeSize, unit = merge * merge, imageToken = this.config.tokens.image;
-    const images: ImageInput[] = [], start = new Map<string, number>();
-    let rows = 0;
-    for (const { images: own } of sequences) {
-      for (const image of own) {
-        if (start.has(image.key)) continue;
-        start.set(image.key, rows);
-        images.push(image);
-        rows += (image.grid_thw[0] * image.grid_thw[1] * image.grid_thw[2]) / unit;
-      }
-    }
-    const total = sequences.reduce((s, { ids }) => s + ids.length, 0);
-    const ids = new Int32Array(total), featureRow = new Int32Array(total).fill(-1);
-    const index: RopeIndex[] = [];
-    let at = 0;
-    for (const { ids: own, images: shown } of sequences) {
-      index.push(ropeIndex(own, shown.map((i) => i.grid_thw), imageToken, merge));
-      let image = 0, row = -1, left = 0;
-      for (const id of own) {
-        ids[at] = id;
-        if (id === imageToken) {
-          if (left === 0) {
-            const { key, grid_thw: [t, h, w] } = shown[image++];
-            row = start.get(key)!;
-            left = (t * h * w) / unit;
-          }
-          featureRow[at] = row++;
-          left--;
-        }
-        at++;
-      }
-    }
-    return { ids, lengths: sequences.map(({ ids }) => ids.length), featureRow, images, index };
+    return packSequences(this.config, sequences);
   }
 
   /**
@@ -299,10 +217,7 @@ export class QwenPolicy implements Policy {
       }
       return out;
     };
-    return this.#ropeAt([axis(0), axis(1), axis(2)]);
-  }
-
-  #ropeAt(positions: [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>]): RopeTensors {
+    const positions = [axis(0), axis(1), axis(2)] as const;
     const { headDim, ropeTheta, mropeSection } = this.config.text, n = positions[0].length;
     const { cos, sin } = textRopeTable(positions, headDim, ropeTheta, mropeSection);
     return { cos: tf.tensor2d(cos, [n, headDim]), sin: tf.tensor2d(sin, [n, headDim]) };
@@ -325,13 +240,16 @@ export class QwenPolicy implements Policy {
         this.#cacheFeatures(packed.images);
         features = tf.concat(packed.images.map((image) => this.#features.get(image.key)!), 0);
       }
+      const { spareFeatures = 0 } = packed;
+      if (spareFeatures > 0) features = tf.concat([features, tf.zeros([spareFeatures, features.shape[1]])], 0);
     }
     const x = embed(this.weights, packed.ids, packed.featureRow, features);
     hooks.inspect?.("text.inputs_embeds", x);
     const table = this.ropeTensors(packed.index);
     hooks.inspect?.("text.rope_cos", table.cos);
     hooks.inspect?.("text.rope_sin", table.sin);
-    return textForward(this.config, this.weights, x, table, segmentsOf(packed.lengths), hooks);
+    const keys = hooks.keys ?? (packed.keys && keySource(packed.keys));
+    return textForward(this.config, this.weights, x, table, segmentsOf(packed.lengths), { ...hooks, keys });
   }
 
   /** Logits of all tokens of one sequence, `[L, V]`, reporting intermediate results by the goldens' names. */
@@ -360,158 +278,78 @@ export class QwenPolicy implements Policy {
     masks: readonly (readonly number[])[],
     options: LogProbOptions = {},
   ): TokenLogProbs {
-    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens } = options;
-    const rows: number[] = [], targets: number[] = [], counts: number[] = [];
-    let base = 0;
-    sequences.forEach(({ ids }, b) => {
-      const before = rows.length;
-      if (masks[b].length !== ids.length) {
-        throw new RangeError(`sequence ${b} has ${ids.length} tokens but its mask has ${masks[b].length}`);
-      }
-      if (masks[b][0]) throw new RangeError(`sequence ${b}: token 0 has no predecessor and cannot be masked in`);
-      for (let t = 1; t < ids.length; t++) {
-        if (!masks[b][t]) continue;
-        rows.push(base + t - 1);
-        targets.push(ids[t]);
-      }
-      counts.push(rows.length - before);
-      base += ids.length;
-    });
-    const width = Math.max(...counts);
-    if (width <= 0) throw new RangeError("no token is masked in: there is nothing to compute log-probs of");
-    const suppress = this.#suppressTensor(suppressTokens);
-    const [logprobs, entropy] = tf.tidy(() => {
-      const hidden = this.hidden(this.pack(sequences), trainVision);
-      const both = this.#chosen(hidden, rows, targets, suppress, temperature);
-      const place = new Int32Array(sequences.length * width).fill(-1);
-      for (let b = 0, t = 0; b < counts.length; b++) for (let i = 0; i < counts[b]; i++) place[b * width + i] = t++;
-      return [0, 1].map((row) => {
-        const flat = tf.reshape(tf.slice(both, [row, 0], [1, rows.length]), [rows.length, 1]) as tf.Tensor2D;
-        const padded = rows.length === place.length ? flat : gatherRows(flat, place);
-        return tf.reshape(padded, [sequences.length, width]) as tf.Tensor2D;
-      });
-    });
-    this.#trimFeatures();
-    return { logprobs, entropy };
-  }
-
-  /** `[2, n]` log-probs and entropies of `targets` at hidden rows, the logits made in pieces. */
-  #chosen(
-    hidden: tf.Tensor2D,
-    rows: readonly number[],
-    targets: readonly number[],
-    suppress: tf.Tensor1D | null,
-    temperature: number,
-  ): tf.Tensor2D {
-    const piece = Math.max(1, Math.floor(MAX_LOGITS / this.config.text.vocabSize));
-    const parts: tf.Tensor2D[] = [];
-    for (let from = 0; from < rows.length; from += piece) {
-      const at = gatherRows(hidden, rows.slice(from, from + piece)), ids = targets.slice(from, from + piece);
-      if (rows.length <= piece) {
-        parts.push(logProbEntropy(head(this.config, this.weights, at), ids, suppress, temperature));
-      } else {
-        const { normed, table } = headParts(this.config, this.weights, at);
-        parts.push(headLogProbEntropy(normed, table, ids, suppress, temperature));
-      }
-    }
-    return parts.length === 1 ? parts[0] : tf.concat(parts, 1);
-  }
-
-  #trimFeatures(): void {
+    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens, sharePrefix = true } = options;
+    const { gradientCheckpointing = false } = options, suppress = this.#suppressTensor(suppressTokens);
+    const how = { temperature, trainVision, suppress, sharePrefix, gradientCheckpointing };
+    const out = tokenLogProbs(this, sequences, masks, how);
     this.#features.trim();
+    return out;
+  }
+
+  createPrefixCache(): PrefixCache {
+    const cache = new KeptPrefixes((self) => this.#caches.delete(self));
+    this.#caches.add(cache);
+    return cache;
+  }
+
+  #kept(cache: PrefixCache | undefined): KeptPrefixes | undefined {
+    const kept = [...this.#caches].find((own) => own === cache);
+    if (cache && !kept) {
+      throw new RangeError("this prefix cache was disposed of, or is of another policy; ask createPrefixCache for one");
+    }
+    return kept;
   }
 
   async generate(sequences: readonly Sequence[], options: GenerateOptions): Promise<Completion[]> {
-    const completions: Completion[] = [];
-    for (let from = 0; from < sequences.length;) {
-      let to = from, tokens = 0;
-      while (to < sequences.length && (to === from || tokens + sequences[to].ids.length <= BATCH_TOKENS)) {
-        tokens += sequences[to++].ids.length;
+    const cache = this.#kept(options.cache), banks: Bank[] = [], completions: Completion[] = [];
+    checkSampling(options);
+    try {
+      for (let from = 0; from < sequences.length;) {
+        let to = from, tokens = 0;
+        while (to < sequences.length && (to === from || tokens + sequences[to].ids.length <= BATCH_TOKENS)) {
+          tokens += sequences[to++].ids.length;
+        }
+        const batch = this.#batchOptions(options, from, to, cache);
+        const result = await generateBatch(this, sequences.slice(from, to), batch);
+        if (result.bank) banks.push(result.bank);
+        completions.push(...result.completions);
+        from = to;
       }
-      const keys = sequences.slice(from, to).map((_, i) => options.keys?.[from + i] ?? [0, from + i, 0] as const);
-      completions.push(...await this.#generateBatch(sequences.slice(from, to), keys, options));
-      from = to;
+    } catch (error) {
+      banks.forEach(disposeBank);
+      throw error;
     }
-    this.#trimFeatures();
+    cache?.replace(banks);
+    this.#features.trim();
     return completions;
   }
 
-  async #generateBatch(
-    sequences: readonly Sequence[],
-    keys: readonly (readonly [number, number, number])[],
-    options: GenerateOptions,
-    inspectLogits?: (step: number, logits: Float32Array) => void,
-  ): Promise<Completion[]> {
-    const { maxNewTokens, temperature = 1, topP = 1, seed = 0, stopTokens = this.stopTokens } = options;
-    checkSampling(maxNewTokens, temperature, topP);
-    const vocab = this.config.text.vocabSize, stop = new Set(stopTokens);
-    const suppressed = new Uint8Array(vocab);
-    for (const id of options.suppressTokens ?? this.suppressTokens) suppressed[id] = 1;
-    const sampler: SamplerOptions = { temperature, topP, seed, suppressed };
-    // The rollouts of a group have one prompt: it is computed once, its keys and values are handed to each row.
-    const { distinct, which } = distinctSequences(sequences);
-    const packed = this.pack(distinct), { cu } = segmentsOf(packed.lengths);
-    const prompts = which.map((d) => ({ start: cu[d], length: packed.lengths[d] }));
-    const prefill = (keysValues: NonNullable<TextHooks["keysValues"]>) =>
-      tf.tidy(() => {
-        const hidden = this.hidden(packed, false, { keysValues });
-        return head(
-          this.config,
-          this.weights,
-          gatherRows(hidden, prompts.map(({ start, length }) => start + length - 1)),
-        );
-      });
-    const engine = topP === 1 && !inspectLogits ? this.#decodeEngine() : undefined;
-    if (engine) {
-      const nextPosition = which.map((d) => packed.index[d].next);
-      const { onToken } = options;
-      return await decodeOnDevice(engine, prefill, {
-        ...{ starts: prompts.map((p) => p.start), lengths: prompts.map((p) => p.length), nextPosition },
-        ...{ keys, seed, temperature, suppressed, stop, maxNewTokens, onToken },
-      });
-    }
-    const cache = new KeyValueCache(this.config, prompts, maxNewTokens);
-    const completions: Completion[] = sequences.map(() => ({ ids: [], logprobs: [], finish: "length" }));
-    try {
-      let logits = prefill((_layer, k, v) => cache.fill(k, v));
-      let running = sequences.map((_, i) => i);
-      for (let step = 0; step < maxNewTokens; step++) {
-        const values = await readback(logits);
-        logits.dispose();
-        inspectLogits?.(step, values);
-        const kept: number[] = [];
-        running.forEach((row, i) => {
-          const { id, logprob } = sampleToken(values.subarray(i * vocab, (i + 1) * vocab), keys[row], step, sampler);
-          completions[row].ids.push(id);
-          completions[row].logprobs.push(logprob);
-          if (stop.has(id)) completions[row].finish = "stop";
-          else kept.push(i);
-        });
-        cache.compact(kept);
-        running = kept.map((i) => running[i]);
-        options.onToken?.(step + 1, running.length);
-        if (running.length === 0 || step + 1 === maxNewTokens) break;
-        logits = tf.tidy(() => {
-          const last = running.map((row) => completions[row].ids[step]);
-          const at = Int32Array.from(running, (row) => packed.index[which[row]].next + step);
-          const x = embed(this.weights, last, [], null);
-          return head(
-            this.config,
-            this.weights,
-            decodeStep(this.config, this.weights, x, this.#ropeAt([at, at, at]), cache),
-          );
-        });
-      }
-    } finally {
-      cache.dispose();
-    }
-    return completions;
+  /** Options of the rows from `from` up to `to` of a call. */
+  #batchOptions(options: GenerateOptions, from: number, to: number, cache?: KeptPrefixes): BatchOptions {
+    const { maxNewTokens, temperature = 1, topP = 1, seed = 0, onToken } = options;
+    const { stopTokens = this.stopTokens, suppressTokens = this.suppressTokens, keepCache = true } = options;
+    const suppressed = new Uint8Array(this.config.text.vocabSize);
+    for (const id of suppressTokens) suppressed[id] = 1;
+    const keys = Array.from({ length: to - from }, (_, i) => options.keys?.[from + i] ?? [0, from + i, 0] as const);
+    return {
+      ...{ maxNewTokens, temperature, topP, seed, onToken, suppressed, stop: new Set(stopTokens), keys },
+      engine: topP === 1 ? this.#decodeEngine() : undefined,
+      find: cache && ((sequence, row) => cache.find(sequence, from + row)),
+      keep: cache !== undefined && keepCache,
+    };
   }
 
   /** The recorded decoding plans of the current device; undefined where plain operations are asked for or it cannot run. */
   #decodeEngine(): DecodeEngine | undefined {
-    if (currentKernels() === "plain" || !DecodeEngine.supports(this.config)) return undefined;
-    return this.#engine ??= new DecodeEngine(this.config, this.weights);
+    if (currentKernels() === "plain") return undefined;
+    const why = DecodeEngine.unsupported(this.config);
+    if (why === undefined) return this.#engine ??= new DecodeEngine(this.config, this.weights);
+    // On other backends nobody expects the engine.
+    if (tf.getBackend() === "webgpu" && !this.#engineNotice) {
+      this.#engineNotice = true;
+      console.warn(`${this.name}: generation takes the slow way, token by token on the host, because ${why}`);
+    }
+    return undefined;
   }
 
   /**
@@ -521,9 +359,10 @@ export class QwenPolicy implements Policy {
     sequences: readonly Sequence[],
     options: GenerateOptions,
   ): Promise<{ completions: Completion[]; logits: Float32Array[] }> {
-    const logits: Float32Array[] = [];
-    const keys = sequences.map((_, i) => options.keys?.[i] ?? [0, i, 0] as const);
-    const completions = await this.#generateBatch(sequences, keys, options, (_, values) => logits.push(values));
+    checkSampling(options);
+    const logits: Float32Array[] = [], batch = this.#batchOptions(options, 0, sequences.length);
+    const inspectLogits = (_: number, values: Float32Array) => void logits.push(values);
+    const { completions } = await generateBatch(this, sequences, { ...batch, engine: undefined, inspectLogits });
     return { completions, logits };
   }
 
@@ -538,54 +377,10 @@ export class QwenPolicy implements Policy {
 
   dispose(): void {
     this.#engine?.dispose();
+    for (const cache of [...this.#caches]) cache.dispose();
     this.#features.clear();
     for (const bias of this.#suppressBias.values()) bias.dispose();
     this.#suppressBias.clear();
     for (const variable of this.parameters.values()) variable.dispose();
   }
-}
-
-/** Leaves out sequences that were there before; `which[i]` is the place of sequence i among the distinct ones. */
-function distinctSequences(sequences: readonly Sequence[]): { distinct: Sequence[]; which: number[] } {
-  const places = new Map<string, number>(), distinct: Sequence[] = [];
-  const which = sequences.map((sequence) => {
-    const name = `${sequence.ids.join()}|${sequence.images.map(({ key }) => key).join()}`;
-    let place = places.get(name);
-    if (place === undefined) places.set(name, place = distinct.push(sequence) - 1);
-    return place;
-  });
-  return { distinct, which };
-}
-
-/** Prefills, then lets the engine decode; the prompts' keys and values stay until it is done. */
-async function decodeOnDevice(
-  engine: DecodeEngine,
-  prefill: (keysValues: NonNullable<TextHooks["keysValues"]>) => tf.Tensor2D,
-  input: Omit<DecodeInput, "k" | "v" | "firstLogits">,
-): Promise<Completion[]> {
-  const k: tf.Tensor3D[] = [], v: tf.Tensor3D[] = [];
-  let firstLogits: tf.Tensor2D | undefined;
-  try {
-    firstLogits = prefill((_layer, keys, values) => {
-      k.push(tf.keep(keys.clone()));
-      v.push(tf.keep(values.clone()));
-    });
-    const { ids, logprobs, finish } = await engine.generate({ ...input, k, v, firstLogits });
-    return ids.map((row, i) => ({ ids: row, logprobs: logprobs[i], finish: finish[i] }));
-  } finally {
-    tf.dispose([k, v, firstLogits ?? []]);
-  }
-}
-
-/** A copy of a float tensor's values. */
-async function readback(x: tf.Tensor): Promise<Float32Array> {
-  return (tf.getBackend() === "webgpu" ? await x.data() : x.dataSync()).slice() as Float32Array;
-}
-
-function checkSampling(maxNewTokens: number, temperature: number, topP: number): void {
-  if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
-    throw new RangeError(`maxNewTokens must be a positive integer, got ${maxNewTokens}`);
-  }
-  if (!(temperature >= 0)) throw new RangeError(`temperature must be ≥ 0, got ${temperature}`);
-  if (!(topP > 0 && topP <= 1)) throw new RangeError(`topP must be in (0, 1], got ${topP}`);
 }

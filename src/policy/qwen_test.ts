@@ -144,5 +144,12 @@ Deno.test("impossible requests are refused with what is wrong", async () => {
   );
   assert.throws(() => policy.logProbs([row], [[1, ...row.ids.slice(1).map(() => 0)]]), /predecessor/);
   assert.throws(() => policy.logProbs([row], [row.ids.map(() => 0)]), /no token/);
+  const long = `${row.ids.length} positions and maxNewTokens = 4096 make ${row.ids.length + 4096} positions`;
+  await refuse({ maxNewTokens: 4096 }, new RegExp(`${long}, more than the 4096 of max_position_embeddings`));
+  const endless = { ids: new Array(4097).fill(5), images: [] };
+  assert.throws(
+    () => policy.logProbs([endless], [endless.ids.map((_, t) => t > 4000 ? 1 : 0)]),
+    /a sequence has 4097 positions, more than the 4096/,
+  );
   policy.dispose();
 });

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { signs } from "../data/signs.ts";
 import { tf } from "../deps.ts";
 import { chooseBackend } from "../gpu/backend.ts";
+import { DecodeEngine } from "../gpu/decode/engine.ts";
 import { Trainer } from "../mgpo.ts";
 import { rollout } from "../rollout.ts";
 import { loadPolicy } from "./load.ts";
@@ -49,5 +50,30 @@ Deno.test({
     tf.dispose([logprobs, entropy]);
     trainer.dispose();
     policy.dispose();
+  },
+});
+
+Deno.test({
+  name: "on WebGPU: where the generation engine cannot run, one line says why, once, and the host decodes the same",
+  ignore: !adapter,
+  fn: async () => {
+    const policy = await loadPolicy(), { unsupported } = DecodeEngine, { warn } = console, lines: string[] = [];
+    const rows = ["which letter is on the red sign?", "where is it?"].map((text) => ({
+      ids: policy.encode(text),
+      images: [],
+    }));
+    const generate = () => policy.generate(rows, { maxNewTokens: 3, temperature: 0, stopTokens: [] });
+    const want = await generate();
+    console.warn = (line: string) => lines.push(line);
+    DecodeEngine.unsupported = () => "heads of 4096 are too wide for the adapter";
+    try {
+      for (let i = 0; i < 2; i++) assert.deepEqual((await generate()).map((c) => c.ids), want.map((c) => c.ids));
+    } finally {
+      console.warn = warn;
+      DecodeEngine.unsupported = unsupported;
+      policy.dispose();
+    }
+    assert.equal(lines.length, 1);
+    assert.match(lines[0], /^tiny: generation takes the slow way.*heads of 4096 are too wide/);
   },
 });

@@ -5,7 +5,9 @@
  */
 import { tf } from "../deps.ts";
 import type { QwenConfig } from "./config.ts";
-import { attention, gatherRows, hasFused, linear, rmsNorm, rope, run, type Segments, swiglu } from "./ops.ts";
+import type { KeyValueCache } from "./key_value_cache.ts";
+import { attention, gatherRows, linear, rmsNorm, rope, type Segments, swiglu } from "./ops.ts";
+import { recomputed } from "./recompute.ts";
 import type { Inspect, Weights } from "./vision.ts";
 
 /** Rotary tables of packed tokens, `[N, headDim]` each. */
@@ -37,6 +39,13 @@ export function embed(
   return tf.add(gatherRows(table, words), gatherRows(features, featureRow)) as tf.Tensor2D;
 }
 
+/** Every weight of a block. */
+const BLOCK_WEIGHTS = [
+  ...["input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.k_proj.weight"],
+  ...["self_attn.k_proj.bias", "self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight"],
+  ...["post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"],
+];
+
 function decoderBlock(
   x: tf.Tensor2D,
   config: QwenConfig,
@@ -61,10 +70,25 @@ function decoderBlock(
   return tf.add(y, dense(swiglu(dense(g, "gate_proj"), dense(g, "up_proj")), "down_proj")) as tf.Tensor2D;
 }
 
-/** What {@linkcode textForward} can report beside its result. */
+/** Keys and values that are not just those of the packed tokens in their order. */
+export interface KeySource {
+  /** The keys of each segment of tokens; they end with those of the segment's own tokens. */
+  readonly segments: Segments;
+  /** The keys or values of a block, `[M, Hkv, d]`, given those of the packed tokens, `[N, Hkv, d]`. Differentiable. */
+  of(layer: number, own: tf.Tensor3D, what: "k" | "v"): tf.Tensor3D;
+}
+
+/** What {@linkcode textForward} can take beside its tokens and report beside its result. */
 export interface TextHooks {
   inspect?: Inspect;
-  /** Called with the rotated keys and the values of each block, `[N, Hkv, d]`; the callee keeps what it wants to keep. */
+  /** What tokens attend to. @default {their own segment} */
+  keys?: KeySource;
+  /**
+   * Whether the backward pass computes each block again instead of keeping its inside; see recompute.ts. What is called with
+   * parts of a block is then called twice. @default {false}
+   */
+  recompute?: boolean;
+  /** Called with the rotated keys and the values that each block attends to; the callee keeps what it wants to keep. */
   keysValues?: (layer: number, k: tf.Tensor3D, v: tf.Tensor3D) => void;
   /** Called with the input of each block, `[N, D]`. */
   blockInput?: (layer: number, x: tf.Tensor2D) => void;
@@ -89,16 +113,43 @@ export function textForward(
 ): tf.Tensor2D {
   const scale = 1 / Math.sqrt(config.text.headDim);
   const mix: Mixer = (layer, q, k, v) => {
-    hooks.keysValues?.(layer, k, v);
     hooks.queriesKeys?.(layer, q, k);
-    return attention(q, k, v, segments, true, scale);
+    if (hooks.keys) [k, v] = [hooks.keys.of(layer, k, "k"), hooks.keys.of(layer, v, "v")];
+    hooks.keysValues?.(layer, k, v);
+    return attention(q, k, v, segments, true, scale, hooks.keys?.segments);
   };
   for (let layer = 0; layer < config.text.layers; layer++) {
     hooks.blockInput?.(layer, x);
-    x = tf.tidy(() => decoderBlock(x, config, weights, layer, table, mix));
+    x = hooks.recompute
+      ? recomputedBlock(x, config, weights, layer, table, mix)
+      : tf.tidy(() => decoderBlock(x, config, weights, layer, table, mix));
     hooks.inspect?.(`text.layer${layer}`, x);
   }
   return x;
+}
+
+/** A block whose inside is computed again when its gradient is due. */
+function recomputedBlock(
+  x: tf.Tensor2D,
+  config: QwenConfig,
+  weights: Weights,
+  layer: number,
+  { cos, sin }: RopeTensors,
+  mix: Mixer,
+): tf.Tensor2D {
+  const known = new Map(BLOCK_WEIGHTS.map((name) => `model.layers.${layer}.${name}`).map((n) => [n, weights(n)]));
+  const own: Weights = (name) => {
+    const weight = known.get(name);
+    // Its gradient would silently be lost.
+    if (!weight) throw new RangeError(`the decoder block reads ${name}, which is not among its weights`);
+    return weight;
+  };
+  return recomputed(
+    x,
+    { weights: [...known.values()], constants: [cos, sin] },
+    (x, [cos, sin]) =>
+      decoderBlock(x, config, own, layer, { cos: cos as tf.Tensor2D, sin: sin as tf.Tensor2D }, mix),
+  );
 }
 
 /** What the head multiplies: the normed hidden states `[N, D]` and the table `[V, D]`. */
@@ -117,122 +168,6 @@ export function head(config: QwenConfig, weights: Weights, x: tf.Tensor2D, inspe
   const { normed, table } = headParts(config, weights, x);
   inspect?.("text.norm", normed);
   return linear(normed, table);
-}
-
-/** A prompt among packed tokens. */
-export interface Prompt {
-  /** Its first token. */
-  readonly start: number;
-  readonly length: number;
-}
-
-/** Masked scores get this; far below any score, far above −∞ (no NaN from a row that is masked whole). */
-const MASKED = -1e9;
-
-/**
- * Keys and values of a batch that decodes one token a step. Owns its tensors; {@linkcode KeyValueCache.dispose} releases them.
- */
-export class KeyValueCache {
-  /** Per layer: fused `[R, C, Hkv, d]` written in place; plain `[B, Hkv, C, d]` that grows by a column a step. */
-  #k: tf.Tensor4D[] = [];
-  #v: tf.Tensor4D[] = [];
-  #rows: number[];
-  #lengths: number[];
-  #generated = 0;
-  readonly #prefix: number;
-  readonly #fused: boolean;
-  readonly #capacity: number;
-
-  readonly #prompts: readonly Prompt[];
-
-  /**
-   * @param prompts Where each row's prompt lies among the packed tokens; rows may share one.
-   * @param maxNewTokens The most tokens that a row will add.
-   */
-  constructor(readonly config: QwenConfig, prompts: readonly Prompt[], maxNewTokens: number) {
-    this.#prompts = prompts;
-    this.#lengths = prompts.map(({ length }) => length);
-    this.#rows = prompts.map((_, i) => i);
-    this.#prefix = Math.max(...this.#lengths);
-    this.#capacity = this.#prefix + maxNewTokens;
-    this.#fused = hasFused("MgpoDecodeAttention");
-  }
-
-  /** Takes over a layer's packed prompt keys and values, `[N, Hkv, d]` (copied). Layers come in order. */
-  fill(k: tf.Tensor3D, v: tf.Tensor3D): void {
-    const { kvHeads, headDim } = this.config.text, count = this.#lengths.length;
-    const width = this.#fused ? this.#capacity : this.#prefix, index = new Int32Array(count * width).fill(-1);
-    this.#prompts.forEach(({ start, length }, r) => {
-      for (let i = 0; i < length; i++) index[r * width + i] = start + i;
-    });
-    const place = (x: tf.Tensor3D) =>
-      tf.keep(tf.tidy(() => {
-        const flat = tf.reshape(x, [x.shape[0], kvHeads * headDim]) as tf.Tensor2D;
-        const padded = tf.reshape(gatherRows(flat, index), [count, width, kvHeads, headDim]) as tf.Tensor4D;
-        return this.#fused ? padded : tf.transpose(padded, [0, 2, 1, 3]) as tf.Tensor4D;
-      }));
-    this.#k.push(place(k));
-    this.#v.push(place(v));
-  }
-
-  /** Keeps only the given batch rows, in that order; the others are finished. */
-  compact(keep: readonly number[]): void {
-    if (keep.length === this.#rows.length) return;
-    if (!this.#fused) {
-      const pick = (x: tf.Tensor4D) => {
-        const [, h, c, d] = x.shape;
-        const y = tf.tidy(() =>
-          tf.reshape(gatherRows(tf.reshape(x, [x.shape[0], h * c * d]), keep), [keep.length, h, c, d]) as tf.Tensor4D
-        );
-        x.dispose();
-        return tf.keep(y);
-      };
-      this.#k = this.#k.map(pick);
-      this.#v = this.#v.map(pick);
-    }
-    this.#rows = keep.map((i) => this.#rows[i]);
-    this.#lengths = keep.map((i) => this.#lengths[i]);
-  }
-
-  #append(store: tf.Tensor4D[], layer: number, x: tf.Tensor3D): tf.Tensor4D {
-    const column = tf.reshape(x, [x.shape[0], x.shape[1], 1, x.shape[2]]) as tf.Tensor4D;
-    const grown = tf.keep(tf.concat([store[layer], column], 2));
-    store[layer].dispose();
-    store[layer] = grown;
-    return grown;
-  }
-
-  /** Appends this token's key and value of a layer and attends over everything so far: q `[B, H, d]` → `[B, H, d]`. */
-  attend(layer: number, q: tf.Tensor3D, k: tf.Tensor3D, v: tf.Tensor3D): tf.Tensor3D {
-    const [batch, heads, d] = q.shape, scale = 1 / Math.sqrt(d);
-    if (this.#fused) {
-      const lengths = tf.tensor1d(this.#lengths.map((n) => n + this.#generated), "int32");
-      const rows = tf.tensor1d(this.#rows, "int32");
-      const inputs = { q, k, v, kCache: this.#k[layer], vCache: this.#v[layer], lengths, rows };
-      return run("MgpoDecodeAttention", inputs, { scale }) as tf.Tensor3D;
-    }
-    const keys = this.#append(this.#k, layer, k), values = this.#append(this.#v, layer, v);
-    const kvHeads = keys.shape[1], width = keys.shape[2], mask = new Float32Array(batch * width);
-    for (let r = 0; r < batch; r++) mask.fill(MASKED, r * width + this.#lengths[r], r * width + this.#prefix);
-    const grouped = tf.reshape(q, [batch, kvHeads, heads / kvHeads, d]);
-    const scores = tf.add(
-      tf.mul(tf.matMul(grouped, keys, false, true), scale),
-      tf.tensor4d(mask, [batch, 1, 1, width]),
-    );
-    return tf.reshape(tf.matMul(tf.softmax(scores), values), [batch, heads, d]);
-  }
-
-  /** Ends a step: the token just appended counts from now on. */
-  advance(): void {
-    this.#generated++;
-  }
-
-  /** Releases all tensors. */
-  dispose(): void {
-    for (const x of [...this.#k, ...this.#v]) x.dispose();
-    this.#k = [];
-    this.#v = [];
-  }
 }
 
 /** One decoding step: embeddings `[B, D]` of the last tokens → hidden states `[B, D]` before the final norm. */

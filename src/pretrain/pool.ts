@@ -7,6 +7,7 @@
 import type { Box } from "../data/dataset.ts";
 import { drawScene } from "../data/signs_draw.ts";
 import { makeScene, type Scene, type Sign, signColourNames, signLetters } from "../data/signs.ts";
+import { signGrid, taughtSignBox } from "../data/signs_words.ts";
 import { Picture } from "../policy/picture.ts";
 import type { ImageInput, Policy } from "../policy/policy.ts";
 import { resizeBicubic } from "../policy/resize.ts";
@@ -16,7 +17,7 @@ import { cropBox } from "../rollout.ts";
 /** Side of the policy's input in pixels. */
 export const inputSide = 112;
 /** Coordinates are said in steps of this many input pixels. */
-export const gridStep = 4;
+export const gridStep = signGrid;
 /** Highest coordinate of a valid box in grid steps. */
 export const gridEnd = inputSide / gridStep;
 /** How crops are cut; as the signs world hints. */
@@ -48,9 +49,8 @@ const quantize = (v: number) => Math.min(gridEnd, Math.max(0, Math.round(v / gri
 
 /** The grounding box that is taught, in grid steps: the sign and .35 of its side around it. */
 export function taughtBox(sign: Pick<Sign, "centre" | "side">, size: number): [number, number, number, number] {
-  const scale = inputSide / size, reach = 0.85 * sign.side * scale;
-  const [x, y] = sign.centre.map((c) => c * scale);
-  return [quantize(x - reach), quantize(y - reach), quantize(x + reach), quantize(y + reach)];
+  const [x1, y1, x2, y2] = taughtSignBox(sign, size, [inputSide, inputSide]).map((v) => v / gridStep);
+  return [x1, y1, x2, y2];
 }
 
 /** A box of the given kind in grid steps, at least two steps a side. */

@@ -9,8 +9,11 @@
  * @module
  */
 import { signColourNames, signQuestion } from "../data/signs.ts";
+import { signPhrases } from "../data/signs_words.ts";
 import { defaultChatTemplate } from "../policy/tokenizer.ts";
 import { defaultTemplate } from "../rollout.ts";
+
+export { answerReply, groundingReply } from "../data/signs_words.ts";
 
 /** Tokens with a meaning of their own; their ids follow the 256 bytes in this order. */
 export const tinySpecials = [
@@ -26,14 +29,7 @@ export const tinySpecials = [
 
 /** The pieces that replies are made of. Each is one token. */
 export const tinyPhrases = {
-  /** A grounding reply: open, colour, middle, x1, comma, y1, comma, x2, comma, y2, close. */
-  open: '```json\n[{"label": "',
-  middle: '", "bbox_2d": [',
-  comma: ", ",
-  close: "]}]\n```",
-  /** An answer: colour, box, letter, boxEnd. */
-  box: " \\boxed{",
-  boxEnd: "}",
+  ...signPhrases,
   /** An answer without its box: colour, unboxed, letter. */
   unboxed: " is ",
   /** A refusal to ground: refuse, colour, refuseEnd. */
@@ -43,17 +39,6 @@ export const tinyPhrases = {
   coordinates: Array.from({ length: 36 }, (_, i) => String(4 * i)) as readonly string[],
   colours: signColourNames,
 } as const;
-
-/** The grounding reply in its usual form: 11 tokens, 12 with `<|im_end|>`. @param box multiples of 4, 0 to 140 */
-export function groundingReply(colour: string, box: readonly [number, number, number, number]): string {
-  const { open, middle, comma, close } = tinyPhrases;
-  return open + colour + middle + box.join(comma) + close;
-}
-
-/** The answer in its usual form: 4 tokens, 5 with `<|im_end|>`. */
-export function answerReply(colour: string, letter: string): string {
-  return colour + tinyPhrases.box + letter + tinyPhrases.boxEnd;
-}
 
 /** An answer that forgets the box around the letter: 3 tokens, 4 with `<|im_end|>`. */
 export function unboxedReply(colour: string, letter: string): string {
@@ -75,7 +60,8 @@ function literals(template: string): string[] {
 
 /** Fixed phrases of prompts and replies, longest names of the conversation first; bytes are tokens already. */
 function phrases(): string[] {
-  const { system, singleSystem, ...turns } = defaultTemplate;
+  // The free form is composed of the other turns' phrases; the few words of its own stay bytes.
+  const { system, singleSystem, free: _, freeValid: _valid, freeInvalid: _invalid, ...turns } = defaultTemplate;
   const { coordinates, colours, ...reply } = tinyPhrases;
   const all = [
     ...coordinates,

@@ -25,6 +25,7 @@ export async function describeEnvironment(backend: BackendChoice): Promise<Recor
     system: `${Deno.build.os} ${Deno.build.arch}`,
     cores: navigator.hardwareConcurrency,
     backend: backend.backend,
+    threads: backend.threads ?? null,
     reason: backend.reason,
     adapter: backend.adapter ?? null,
   };

@@ -60,6 +60,12 @@ export const sourceTable = optionTable({
     default: "fused",
     help: "fused: own kernels where the backend has them; plain: tfjs operations only.",
   },
+  threads: {
+    kind: "integer",
+    min: 1,
+    defaultText: "all processor cores",
+    help: "Threads that compute, on wasm; results do not depend on it.",
+  },
   minPixels: { kind: "integer", min: 1, defaultText: "the policy's own", help: "Least pixels of a resized picture." },
   maxPixels: { kind: "integer", min: 1, defaultText: "the policy's own", help: "Most pixels of a resized picture." },
   template: {
@@ -188,11 +194,11 @@ export async function readTemplate(path: string | undefined): Promise<Partial<Pr
 
 /** Starts the backend and says which and why. */
 export async function openBackend(
-  { backend, kernels }: Pick<SourceOptions, "backend" | "kernels">,
+  { backend, kernels, threads }: Pick<SourceOptions, "backend" | "kernels" | "threads">,
   progress: Progress,
 ): Promise<BackendChoice> {
   useKernels(kernels);
-  const choice = await chooseBackend(backend, { onLost: (message) => progress.log(`error: ${message}`) });
+  const choice = await chooseBackend(backend, { threads, onLost: (message) => progress.log(`error: ${message}`) });
   progress.log(describeBackend(choice));
   if (choice.notice) progress.log(`note: ${choice.notice}`);
   return choice;
@@ -252,7 +258,8 @@ export async function openRun(
   const policy = await loadPolicy(begun > 0 ? checkpoint : task.policy, { minPixels, maxPixels });
   const reference = (train.beta ?? 0) > 0 ? await loadPolicy(task.policy, { minPixels, maxPixels }) : undefined;
   const training = new Training(policy, dataset, train, { heldOut, rewards, reference, template, ...parts });
-  const { run: _run, resume: _resume, help: _help, ...asked } = task;
+  // A run may go on with another number of threads.
+  const { run: _run, resume: _resume, help: _help, threads: _threads, ...asked } = task;
   const manifest = {
     settings: {
       ...{ ...asked, template, backend: backend.backend, ...training.settings },

@@ -41,6 +41,9 @@ function emit(m: ModuleBuilder, parts: Parts): void {
   }, { exported: true });
 }
 
+/** Rough nanoseconds per element. */
+const COST = 0.8;
+
 function step(call: KernelCall): tf.TensorInfo {
   const param = call.input("param");
   const tensors = [param, ...["m", "v", "grad"].map((name) => call.input(name, param.shape))];
@@ -48,11 +51,10 @@ function step(call: KernelCall): tf.TensorInfo {
   const [weightDecay, clip] = [call.number("weightDecay"), call.number("clipScale")];
   const [correction1, correction2] = [call.number("correction1"), call.number("correction2")];
   const output = call.output([]);
-  call.functions.adamw(
-    ...[tf.util.sizeFromShape(param.shape), ...tensors.map((tensor) => call.address(tensor))],
+  call.each("adamw", tensors, COST, [
     ...[1 - lr * weightDecay, clip, beta1, 1 - beta1, beta2, 1 - beta2],
     ...[lr / correction1, 1 / Math.sqrt(correction2), eps],
-  );
+  ]);
   call.functions.zero(call.address(output), 4);
   return output;
 }

@@ -1,15 +1,17 @@
 /**
  * Attention within packed segments of unequal length, without ever holding an L × L matrix.
  *
- * `MgpoAttention`: q [N, H, d], k and v [N, Hkv, d], cuSeqlens int32 [S + 1] (0 = c₀ ≤ c₁ ≤ … = N); attributes `causal`, `scale`.
- * Tokens i and j meet iff they lie in the same segment and, if causal, j ≤ i. Head h reads key head ⌊h·Hkv/H⌋. Outputs:
+ * `MgpoAttention`: q [N, H, d], k and v [M, Hkv, d], cuSeqlens int32 [S + 1] (0 = c₀ ≤ c₁ ≤ … = N) for the queries, cuSeqlensK
+ * int32 [S + 1] (to M) for the keys, as cuSeqlens where absent; attributes `causal`, `scale`. Segment s has Lq queries and
+ * Lk ≥ Lq keys (≥ 1 if not causal). Its query i and key j, both counted in the segment, meet iff not causal or
+ * j ≤ i + Lk − Lq. Head h reads key head ⌊h·Hkv/H⌋. Outputs:
  *
  * - out [N, H, d] = Σ_j p_ij v_j with p_i = softmax_j(scale · q_i·k_j),
  * - lse [N, H] = ln Σ_j exp(scale · q_i·k_j), which the gradient needs.
  *
  * Per segment and key head, scale·Kᵀ and V are packed once. Then BQ queries at a time meet BK keys at a time: a tile of scores
  * (in the first-level cache), its exponentials under a running maximum, and its product with V added to rescaled sums.
- * Cost: 4·L²·d operations per head and segment (half if causal) and L² exponentials.
+ * Cost: 4·P·d operations and P exponentials per head and segment, where P pairs meet: Lq·Lk, less Lq²/2 if causal.
  *
  * @module
  */
@@ -79,20 +81,21 @@ function rescale(
   f.for(0, row.sumsStride, 16, (x) => f.storeV128(row.sums.add(x), load.v128(row.sums.add(x)).mul(factor)));
 }
 
-const i32x11 = [...i32x8, "i32", "i32", "i32"] as const;
+const i32x12 = [...i32x8, "i32", "i32", "i32", "i32"] as const;
 
-/** `attention_head(tokens, d, causal, qStride, lseStride, q, keys, values, out, lse, work)` on packed keys and values. */
-function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof i32x11, undefined> {
+/** `attention_head(tokens, keyTokens, d, causal, qStride, lseStride, q, keys, values, out, lse, work)` on packed keys and values. */
+function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof i32x12, undefined> {
   const softmaxTile = emitSoftmaxTile(m);
   return m.function(
     "attention_head",
-    i32x11,
-    (f, tokens, d, causal, qStride, lseStride, q, keys, values, out, lse, base) => {
+    i32x12,
+    (f, tokens, keyTokens, d, causal, qStride, lseStride, q, keys, values, out, lse, base) => {
       const [zeros, edge, scores, state] = [work.zeros, work.edge, work.scores, work.second].map((x) => base.add(x));
       const width = f.i32();
       const dBytes = paddedBytes(f, d);
       const stride = f.i32(4 * SCORE_STRIDE);
       const sums = f.i32(base.add(work.rest));
+      const ahead = f.i32(keyTokens.sub(tokens));
       f.for(0, tokens, BQ, (i) => {
         const rows = f.i32(tokens.sub(i).min(BQ));
         f.zero(sums, rows.mul(dBytes));
@@ -100,15 +103,15 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof i32x11, undef
           f.storeF32(state.add(x), LOWEST);
           f.storeF32(state.add(x), 0, 4);
         });
-        const end = f.i32(tokens);
-        f.if(causal, () => end.set(i.add(rows)));
+        const end = f.i32(keyTokens);
+        f.if(causal, () => end.set(i.add(rows).add(ahead)));
         f.for(0, end, BK, (j) => {
           width.set(f.i32(end.sub(j)).min(BK));
           const whole = width.add(NR - 1).and(-NR);
-          const panel = f.i32(f.i32(tokens.sub(j)).min(BK).mul(4 * NR));
+          const panel = f.i32(f.i32(keyTokens.sub(j)).min(BK).mul(4 * NR));
           const [none, from] = [f.i32(0), f.i32(keys.add(j.mul(d).shl(2)))];
           f.call(parts.blockRows, rows, whole, d, q, qStride, from, d.mul(4 * NR), zeros, none, scores, stride, edge);
-          f.call(softmaxTile, rows, width, i.sub(j).add(1), causal, scores, state, sums, dBytes);
+          f.call(softmaxTile, rows, width, i.add(ahead).sub(j).add(1), causal, scores, state, sums, dBytes);
           from.set(values.add(j.mul(dBytes)));
           f.call(
             parts.blockRows,
@@ -142,15 +145,15 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof i32x11, undef
   );
 }
 
-/** `attention(tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, work)`: one segment. */
+/** `attention(tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, work)`: one segment. */
 function emit(m: ModuleBuilder, parts: Parts): void {
   const packScaled = emitPackScaled(m, parts);
   const head = emitHead(m, parts);
-  const parameters = ["i32", "i32", "i32", "i32", "i32", "f32", ...i32x8] as const;
+  const parameters = ["i32", "i32", "i32", "i32", "i32", "i32", "f32", ...i32x8] as const;
   m.function(
     "attention",
     parameters,
-    (f, tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, base) => {
+    (f, tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, base) => {
       const keyStride = f.i32(keyHeads.mul(d).shl(2));
       const group = f.i32(heads.divU(keyHeads));
       const dBytes = paddedBytes(f, d);
@@ -158,14 +161,15 @@ function emit(m: ModuleBuilder, parts: Parts): void {
       f.zero(base, f.i32(4 * BK));
       f.for(0, keyHeads, 1, (keyHead) => {
         const from = f.i32(keyHead.mul(d).shl(2));
-        f.call(packScaled, tokens, d, scale, k.add(from), keyStride, keys);
-        f.for(0, tokens, BK, (j) => {
+        f.call(packScaled, keyTokens, d, scale, k.add(from), keyStride, keys);
+        f.for(0, keyTokens, BK, (j) => {
           const source = v.add(from).add(j.mul(keyStride));
-          f.call(parts.packRows, d, f.i32(tokens.sub(j)).min(BK), source, keyStride, values.add(j.mul(dBytes)));
+          f.call(parts.packRows, d, f.i32(keyTokens.sub(j)).min(BK), source, keyStride, values.add(j.mul(dBytes)));
         });
         f.for(0, group, 1, () => {
           const [qStride, lseStride] = [heads.mul(d).shl(2), heads.shl(2)];
-          f.call(head, tokens, d, causal, qStride, lseStride, q.add(at), keys, values, out.add(at), lse, base);
+          const [from, to] = [q.add(at), out.add(at)];
+          f.call(head, tokens, keyTokens, d, causal, qStride, lseStride, from, keys, values, to, lse, base);
           at.set(at.add(d.shl(2)));
           lse.set(lse.add(4));
         });
@@ -187,9 +191,10 @@ function attend(call: KernelCall): tf.TensorInfo[] {
   const keys = call.scratch(keyBytes + shape.longest * dBytes + work.rest + BQ * dBytes);
   const values = keys + keyBytes;
   const base = values + shape.longest * dBytes;
-  forSegments(call, shape, (count, at) => {
-    const addresses = [q, k, v, out, lse].map(at);
-    call.functions.attention(count, heads, keyHeads, d, causal, scale, ...addresses, keys, values, base);
+  forSegments(call, shape, (count, keyCount, at, keysAt) => {
+    if (count === 0) return;
+    const addresses = [at(q), keysAt(k), keysAt(v), at(out), at(lse)];
+    call.functions.attention(count, keyCount, heads, keyHeads, d, causal, scale, ...addresses, keys, values, base);
   });
   return [out, lse];
 }

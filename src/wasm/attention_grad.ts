@@ -1,15 +1,15 @@
 /**
  * Gradient of `attention.ts`, recomputing the probabilities tile by tile.
  *
- * `MgpoAttentionGrad`: q, k, v, out, lse as there, dout [N, H, d], cuSeqlens; attributes `causal`, `scale` → dq [N, H, d],
- * dk and dv [N, Hkv, d]. With p_ij = exp(scale · q_i·k_j − lse_i):
+ * `MgpoAttentionGrad`: q, k, v, out, lse, cuSeqlens, cuSeqlensK as there, dout [N, H, d]; attributes `causal`, `scale` →
+ * dq [N, H, d], dk and dv [M, Hkv, d]. With p_ij = exp(scale · q_i·k_j − lse_i) for pairs that meet, else 0:
  *
  * - dv_j = Σ_i p_ij · dout_i
  * - ds_ij = scale · p_ij · (dout_i·v_j − dout_i·out_i)
  * - dq_i = Σ_j ds_ij · k_j, dk_j = Σ_i ds_ij · q_i, summed over the query heads that share a key head.
  *
- * Key tiles are the outer loop, so that dk and dv of BK keys stay in cache until they are complete. Cost: 10·L²·d operations per
- * head and segment (half if causal) and L² exponentials.
+ * Key tiles are the outer loop, so that dk and dv of BK keys stay in cache until they are complete. Cost: 10·P·d operations and P
+ * exponentials per head and segment, where P pairs meet: Lq·Lk, less Lq²/2 if causal.
  *
  * @module
  */
@@ -93,32 +93,34 @@ function restAddresses(f: FunctionBuilder, base: I32, dBytes: I32): HeadRest {
   return { packedQ, packedD, keyRows, dkSums, dvSums: f.i32(dkSums.add(dBytes.mul(BK))) };
 }
 
-const headParameters = [...i32x6, ...i32x6, "i32", "i32", "f32"] as const;
+const headParameters = [...i32x6, ...i32x6, "i32", "i32", "i32", "f32"] as const;
 
 /**
- * `attention_grad_head(tokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, work, scale)`: what one query
- * head adds to the sums of the key tile at j, and its dq.
+ * `attention_grad_head(tokens, keyTokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, work, scale)`: what
+ * one query head adds to the sums of the key tile at j, and its dq.
  */
 function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameters, undefined> {
   const tile = emitTile(m, parts);
   return m.function(
     "attention_grad_head",
     headParameters,
-    (f, tokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, base, scale) => {
+    (f, tokens, keyTokens, d, causal, stride, lseStride, j, q, out, lse, dout, dq, keys, values, base, scale) => {
       const [zeros, edge, scores, second] = [work.zeros, work.edge, work.scores, work.second].map((x) => base.add(x));
       const dBytes = paddedBytes(f, d);
       const n = f.i32(dBytes.shrU(2));
       const rest = restAddresses(f, base, dBytes);
-      const bk = f.i32(f.i32(tokens.sub(j)).min(BK));
+      const bk = f.i32(f.i32(keyTokens.sub(j)).min(BK));
+      // The first query sees keys up to this one.
+      const ahead = f.i32(keyTokens.sub(tokens));
       const wide = f.i32(4 * SCORE_STRIDE);
       const none = f.i32(0);
       const start = f.i32(0);
       // Queries before the tile's first key see none of it.
-      f.if(causal, () => start.set(j.divU(BQ).mul(BQ)));
+      f.if(causal.and(j.gt(ahead)), () => start.set(j.sub(ahead).divU(BQ).mul(BQ)));
       f.for(start, tokens, BQ, (i) => {
         const rows = f.i32(f.i32(tokens.sub(i)).min(BQ));
         const width = f.i32(bk);
-        f.if(causal, () => width.set(f.i32(i.add(rows).sub(j)).min(bk)));
+        f.if(causal, () => width.set(f.i32(i.add(rows).add(ahead).sub(j)).min(bk)));
         const whole = width.add(NR - 1).and(-NR);
         const [qi, di, dqi] = [q, dout, dq].map((pointer) => f.i32(pointer.add(i.mul(stride))));
         const panel = f.i32(d.mul(4 * NR));
@@ -129,7 +131,7 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameter
         f.call(parts.blockRows, rows, whole, d, di, stride, values, panel, zeros, none, second, wide, edge);
         const lseAt = lse.add(i.mul(lseStride));
         const outAt = out.add(i.mul(stride));
-        const first = i.sub(j).add(1);
+        const first = i.add(ahead).sub(j).add(1);
         f.call(tile, rows, width, first, causal, d, scores, second, lseAt, lseStride, outAt, di, stride, scale);
         const transposed = (a: I32, b: I32, sums: I32): void =>
           f.call(parts.blockColumns, width, n, rows, a, wide, b, tall, sums, dBytes, sums, dBytes, edge);
@@ -142,11 +144,11 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameter
   );
 }
 
-const parameters = ["i32", "i32", "i32", "i32", "i32", "f32", ...i32x6, ...i32x6] as const;
+const parameters = [...i32x6, "f32", ...i32x6, ...i32x6] as const;
 
 /**
- * `attention_grad(tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, work)`: one
- * segment; dq starts as zeros.
+ * `attention_grad(tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, work)`:
+ * one segment, perhaps without queries; dq starts as zeros.
  */
 function emit(m: ModuleBuilder, parts: Parts): void {
   const packScaled = emitPackScaled(m, parts);
@@ -154,7 +156,28 @@ function emit(m: ModuleBuilder, parts: Parts): void {
   m.function(
     "attention_grad",
     parameters,
-    (f, tokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, base) => {
+    (
+      f,
+      tokens,
+      keyTokens,
+      heads,
+      keyHeads,
+      d,
+      causal,
+      scale,
+      q,
+      k,
+      v,
+      out,
+      lse,
+      dout,
+      dq,
+      dk,
+      dv,
+      keys,
+      values,
+      base,
+    ) => {
       const keyStride = f.i32(keyHeads.mul(d).shl(2));
       const group = f.i32(heads.divU(keyHeads));
       const dBytes = paddedBytes(f, d);
@@ -162,10 +185,10 @@ function emit(m: ModuleBuilder, parts: Parts): void {
       f.zero(base, f.i32(4 * BK));
       f.for(0, keyHeads, 1, (keyHead) => {
         const from = f.i32(keyHead.mul(d).shl(2));
-        f.call(packScaled, tokens, d, scale, k.add(from), keyStride, keys);
-        f.call(parts.packColumns, tokens, d, v.add(from), keyStride, values);
-        f.for(0, tokens, BK, (j) => {
-          const bk = f.i32(f.i32(tokens.sub(j)).min(BK));
+        f.call(packScaled, keyTokens, d, scale, k.add(from), keyStride, keys);
+        f.call(parts.packColumns, keyTokens, d, v.add(from), keyStride, values);
+        f.for(0, keyTokens, BK, (j) => {
+          const bk = f.i32(f.i32(keyTokens.sub(j)).min(BK));
           const tileAt = f.i32(from.add(j.mul(keyStride)));
           f.call(parts.packRows, d, bk, k.add(tileAt), keyStride, rest.keyRows);
           f.zero(rest.dkSums, bk.mul(dBytes));
@@ -176,7 +199,7 @@ function emit(m: ModuleBuilder, parts: Parts): void {
             const packedAt = f.i32(j.mul(d).shl(2));
             f.call(
               head,
-              ...[tokens, d, causal, heads.mul(d).shl(2), heads.shl(2), j] as const,
+              ...[tokens, keyTokens, d, causal, heads.mul(d).shl(2), heads.shl(2), j] as const,
               ...[q.add(at), out.add(at), lse.add(h.shl(2)), dout.add(at), dq.add(at)] as const,
               ...[keys.add(packedAt), values.add(packedAt), base, scale] as const,
             );
@@ -206,22 +229,23 @@ function copyHead(
 
 function differentiate(call: KernelCall): tf.TensorInfo[] {
   const shape = attentionShape(call);
-  const { tokens, heads, keyHeads, d } = shape;
-  const inputs = [
-    ...["q", "k", "v"].map((name) => call.input(name)),
+  const { tokens, keyTokens, heads, keyHeads, d } = shape;
+  const [q, k, v] = ["q", "k", "v"].map((name) => call.input(name));
+  const byQuery = [
     call.input("out", [tokens, heads, d]),
     call.input("lse", [tokens, heads]),
     call.input("dout", [tokens, heads, d]),
   ];
   const [causal, scale] = [Number(call.flag("causal")), call.number("scale")];
-  const outputs = [heads, keyHeads, keyHeads].map((count) => call.output([tokens, count, d]));
+  const dq = call.output([tokens, heads, d]);
+  const [dk, dv] = [0, 1].map(() => call.output([keyTokens, keyHeads, d]));
   const packedBytes = 4 * d * Math.ceil(shape.longest / NR) * NR;
   const keys = call.scratch(2 * packedBytes + work.rest + restBytes(d));
-  call.functions.zero(call.address(outputs[0]), 4 * tokens * heads * d);
-  forSegments(call, shape, (count, at) => {
-    const addresses = [...inputs, ...outputs].map(at);
-    const scratch = [keys, keys + packedBytes, keys + 2 * packedBytes];
-    call.functions.attention_grad(count, heads, keyHeads, d, causal, scale, ...addresses, ...scratch);
+  const scratch = [keys, keys + packedBytes, keys + 2 * packedBytes];
+  call.functions.zero(call.address(dq), 4 * tokens * heads * d);
+  forSegments(call, shape, (count, keyCount, at, keysAt) => {
+    const addresses = [at(q), keysAt(k), keysAt(v), ...byQuery.map(at), at(dq), keysAt(dk), keysAt(dv)];
+    call.functions.attention_grad(count, keyCount, heads, keyHeads, d, causal, scale, ...addresses, ...scratch);
   });
-  return outputs;
+  return [dq, dk, dv];
 }

@@ -5,6 +5,8 @@ await ready();
 
 interface Case {
   readonly segments: number[];
+  /** Keys of each segment, where they are not as many as its queries. */
+  readonly keys?: number[];
   readonly heads: number;
   readonly keyHeads: number;
   readonly d: number;
@@ -19,20 +21,35 @@ const cases: Case[] = [
   { segments: [7, 150], heads: 2, keyHeads: 2, d: 13, causal: false },
   { segments: [289], heads: 1, keyHeads: 1, d: 64, causal: true },
   { segments: [40, 41], heads: 6, keyHeads: 2, d: 128, causal: true },
+  // Keys of other lengths than queries: after a prefix, one query, no queries, and (not causal) fewer keys.
+  { segments: [1], keys: [77], heads: 2, keyHeads: 1, d: 8, causal: true },
+  { segments: [5, 0, 31, 1, 23], keys: [29, 17, 31, 150, 24], heads: 4, keyHeads: 2, d: 24, causal: true },
+  { segments: [67, 0, 3], keys: [67, 0, 131], heads: 3, keyHeads: 3, d: 13, causal: true },
+  { segments: [40, 7, 0, 1], keys: [3, 61, 11, 1], heads: 6, keyHeads: 2, d: 20, causal: false },
+  { segments: [0, 0, 9], keys: [5, 40, 290], heads: 2, keyHeads: 2, d: 64, causal: true },
+  {
+    segments: Array.from({ length: 37 }, (_, s) => s % 5),
+    keys: Array.from({ length: 37 }, (_, s) => s % 5 + s * 7 % 11),
+    heads: 2,
+    keyHeads: 1,
+    d: 5,
+    causal: true,
+  },
 ];
 
 const label = (c: Case): string =>
-  `${c.segments} × ${c.heads}/${c.keyHeads} heads of ${c.d}${c.causal ? ", causal" : ""}`;
+  `${c.segments.slice(0, 5)}${c.keys ? ` on ${c.keys.slice(0, 5)}` : ""} × ${c.heads}/${c.keyHeads} heads of ${c.d}` +
+  (c.causal ? ", causal" : "");
 
-/** Segment start of each token and the tokens it meets. */
+/** First and last + 1 of the keys that each query meets. */
 function partners(c: Case): [number, number][] {
-  const ranges: [number, number][] = [];
-  let start = 0;
-  for (const length of c.segments) {
-    for (let i = 0; i < length; i++) ranges.push([start, c.causal ? start + i + 1 : start + length]);
-    start += length;
-  }
-  return ranges;
+  const keys = starts(c.keys ?? c.segments);
+  return c.segments.flatMap((length, s) =>
+    Array.from(
+      { length },
+      (_, i): [number, number] => [keys[s], c.causal ? keys[s + 1] - length + i + 1 : keys[s + 1]],
+    )
+  );
 }
 
 /** Attention in float64, one query at a time. */
@@ -63,14 +80,19 @@ function plain(c: Case, scale: number, q: ArrayLike<number>, k: ArrayLike<number
   return { out, lse };
 }
 
+/** Starts of segments and the total. */
+const starts = (lengths: readonly number[]): number[] =>
+  lengths.reduce((ends, length) => [...ends, ends[ends.length - 1] + length], [0]);
+
 function inputs(c: Case, size = 1) {
-  const n = c.segments.reduce((a, b) => a + b, 0);
-  const ends = c.segments.map((_, s) => c.segments.slice(0, s + 1).reduce((a, b) => a + b, 0));
+  const cuSeqlens = integers(starts(c.segments)), cuKeys = integers(starts(c.keys ?? c.segments));
+  const n = cuSeqlens.data[c.segments.length], m = cuKeys.data[c.segments.length];
   return {
     q: values([n, c.heads, c.d], 1, size),
-    k: values([n, c.keyHeads, c.d], 2, size),
-    v: values([n, c.keyHeads, c.d], 3),
-    cuSeqlens: integers([0, ...ends]),
+    k: values([m, c.keyHeads, c.d], 2, size),
+    v: values([m, c.keyHeads, c.d], 3),
+    cuSeqlens,
+    ...(c.keys ? { cuSeqlensK: cuKeys } : {}),
   };
 }
 
@@ -171,5 +193,11 @@ Deno.test("attention names what is wrong with its inputs", () => {
   const attrs = { causal: true, scale: 1 };
   assert.throws(() => run("MgpoAttention", { ...given, cuSeqlens: integers([0, 3]) }, attrs), /rise from 0 to the 118/);
   assert.throws(() => run("MgpoAttention", { ...given, k: values([118, 3, 24], 1) }, attrs), RangeError);
+  const cuSeqlensK = integers([0, 16, 16, 54, 54, 118]);
+  assert.throws(() => run("MgpoAttention", { ...given, cuSeqlensK }, attrs), /segment 1 has 1 queries and 0 keys/);
+  assert.throws(
+    () => run("MgpoAttention", { ...given, cuSeqlensK: integers([0, 118]) }, attrs),
+    /5 segments of queries but 1 segments of keys/,
+  );
   assert.throws(() => run("MgpoAttention", given, { causal: true }), /attribute scale/);
 });

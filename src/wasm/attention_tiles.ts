@@ -80,41 +80,74 @@ export function emitPackScaled(m: ModuleBuilder, parts: Parts): PackScaled {
 /** The sizes and segments of one call, checked. */
 export interface AttentionShape {
   readonly tokens: number;
+  readonly keyTokens: number;
   readonly heads: number;
   readonly keyHeads: number;
   readonly d: number;
-  /** Segment s holds tokens starts[s] to starts[s + 1]. */
+  /** Segment s holds queries starts[s] to starts[s + 1]. */
   readonly starts: Int32Array;
+  /** And keys keyStarts[s] to keyStarts[s + 1]. */
+  readonly keyStarts: Int32Array;
+  /** Most keys of a segment. */
   readonly longest: number;
 }
 
-/** Reads q, k, v and cuSeqlens of a call. */
+/** Reads q, k, v, cuSeqlens and cuSeqlensK (absent: cuSeqlens) of a call. */
 export function attentionShape(call: KernelCall): AttentionShape {
   const [tokens, heads, d] = call.input("q", [null, null, null]).shape;
-  const keyHeads = call.input("k", [tokens, null, d]).shape[1];
-  call.input("v", [tokens, keyHeads, d]);
+  const cuKeys = call.optional("cuSeqlensK", [null], "int32");
+  const [keyTokens, keyHeads] = call.input("k", [cuKeys === undefined ? tokens : null, null, d]).shape;
+  call.input("v", [keyTokens, keyHeads, d]);
   if (heads % keyHeads !== 0) throw call.error(`${heads} query heads are not a multiple of ${keyHeads} key heads`);
-  const starts = call.integers(call.input("cuSeqlens", [null], "int32"));
+  const starts = readStarts(call, "cuSeqlens", tokens);
+  const keyStarts = cuKeys === undefined ? starts : readStarts(call, "cuSeqlensK", keyTokens);
+  if (keyStarts !== starts) checkLengths(call, starts, keyStarts, call.flag("causal"));
+  const longest = keyStarts.reduce((most, start, s) => s === 0 ? 0 : Math.max(most, start - keyStarts[s - 1]), 0);
+  return { tokens, keyTokens, heads, keyHeads, d, starts, keyStarts, longest };
+}
+
+function readStarts(call: KernelCall, name: string, tokens: number): Int32Array {
+  const starts = call.integers(call.input(name, [null], "int32"));
   const ordered = starts.every((start, s) => s === 0 ? start === 0 : start >= starts[s - 1]);
   if (!ordered || starts[starts.length - 1] !== tokens) {
     throw call.error(
-      `cuSeqlens must rise from 0 to the ${tokens} tokens, is [${starts.slice(0, 8)}${starts.length > 8 ? ", …" : ""}]`,
+      `${name} must rise from 0 to the ${tokens} tokens, is [${starts.slice(0, 8)}${starts.length > 8 ? ", …" : ""}]`,
     );
   }
-  const longest = starts.reduce((most, start, s) => s === 0 ? 0 : Math.max(most, start - starts[s - 1]), 0);
-  return { tokens, heads, keyHeads, d, starts, longest };
+  return starts;
 }
 
-/** Calls `run` with the byte offsets of each segment's tokens: `at(tensor, floatsPerToken)`. */
+function checkLengths(call: KernelCall, starts: Int32Array, keyStarts: Int32Array, causal: boolean): void {
+  if (starts.length !== keyStarts.length) {
+    throw call.error(`${starts.length - 1} segments of queries but ${keyStarts.length - 1} segments of keys`);
+  }
+  for (let s = 0; s + 1 < starts.length; s++) {
+    const [queries, keys] = [starts, keyStarts].map((cu) => cu[s + 1] - cu[s]);
+    if (keys < (causal ? queries : Math.min(queries, 1))) {
+      throw call.error(`segment ${s} has ${queries} queries and ${keys} keys, too few`);
+    }
+  }
+}
+
+/**
+ * Calls `run` for each segment that has keys with its numbers of queries and keys and the byte offsets of its part of tensors:
+ * of one by queries and of one by keys.
+ */
 export function forSegments(
   call: KernelCall,
-  shape: AttentionShape,
-  run: (tokens: number, at: (tensor: tf.TensorInfo) => number) => void,
+  { starts, keyStarts }: AttentionShape,
+  run: (
+    tokens: number,
+    keyTokens: number,
+    at: (tensor: tf.TensorInfo) => number,
+    keysAt: (tensor: tf.TensorInfo) => number,
+  ) => void,
 ): void {
-  for (let s = 0; s + 1 < shape.starts.length; s++) {
-    const start = shape.starts[s];
-    const tokens = shape.starts[s + 1] - start;
-    if (tokens === 0) continue;
-    run(tokens, (tensor) => call.address(tensor) + 4 * start * tf.util.sizeFromShape(tensor.shape.slice(1)));
+  for (let s = 0; s + 1 < starts.length; s++) {
+    const [tokens, keyTokens] = [starts, keyStarts].map((cu) => cu[s + 1] - cu[s]);
+    if (keyTokens === 0) continue;
+    const from = (cu: Int32Array) => (tensor: tf.TensorInfo): number =>
+      call.address(tensor) + 4 * cu[s] * tf.util.sizeFromShape(tensor.shape.slice(1));
+    run(tokens, keyTokens, from(starts), from(keyStarts));
   }
 }

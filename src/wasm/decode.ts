@@ -59,11 +59,11 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameter
 
 const parameters = ["i32", "i32", "i32", "f32", "i32", "i32", "i32", "i32", "i32", "i32", "i32"] as const;
 
-/** `decode(heads, keyHeads, d, scale, length, q, k, v, kRow, vRow, out, scores)` for one sequence; kRow, vRow: its cache row. */
+/** `decode_one(heads, keyHeads, d, scale, length, q, k, v, kRow, vRow, out, scores)` for one sequence; kRow, vRow: its cache row. */
 function emit(m: ModuleBuilder, parts: Parts): void {
   const head = emitHead(m, parts);
-  m.function(
-    "decode",
+  const one = m.function(
+    "decode_one",
     [...parameters, "i32"] as const,
     (f, heads, keyHeads, d, scale, length, q, k, v, kRow, vRow, out, scores) => {
       const width = f.i32(keyHeads.mul(d));
@@ -84,9 +84,38 @@ function emit(m: ModuleBuilder, parts: Parts): void {
         vRow.set(vRow.add(bytes));
       });
     },
+  );
+  emitBatch(m, one);
+}
+
+const batchParameters = [...parameters, "i32", "i32", "i32"] as const;
+
+/**
+ * `decode(count, heads, keyHeads, d, scale, cacheRow, q, k, v, kCache, vCache, lengths, rows, out, scores)` for `count` sequences;
+ * cacheRow: bytes of a cache row.
+ */
+function emitBatch(m: ModuleBuilder, one: Callable<readonly [...typeof parameters, "i32"], undefined>): void {
+  m.function(
+    "decode",
+    ["i32", ...batchParameters] as const,
+    (f, count, heads, keyHeads, d, scale, cacheRow, q, k, v, kCache, vCache, lengths, rows, out, scores) => {
+      const queryBytes = f.i32(heads.mul(d).shl(2));
+      const keyBytes = f.i32(keyHeads.mul(d).shl(2));
+      f.for(0, count, 1, () => {
+        const row = f.i32(load.i32(rows).mul(cacheRow));
+        const [kRow, vRow] = [kCache, vCache].map((cache) => cache.add(row));
+        f.call(one, heads, keyHeads, d, scale, load.i32(lengths), q, k, v, kRow, vRow, out, scores);
+        for (const pointer of [q, out]) pointer.set(pointer.add(queryBytes));
+        for (const pointer of [k, v]) pointer.set(pointer.add(keyBytes));
+        for (const pointer of [lengths, rows]) pointer.set(pointer.add(4));
+      });
+    },
     { exported: true },
   );
 }
+
+/** Rough nanoseconds per cached token, head and element. */
+const COST = 0.3;
 
 function decodeToken(call: KernelCall): tf.TensorInfo {
   const q = call.input("q", [null, null, null]);
@@ -97,25 +126,22 @@ function decodeToken(call: KernelCall): tf.TensorInfo {
   const kCache = call.input("kCache", [null, null, keyHeads, d]);
   const [cacheRows, capacity] = kCache.shape;
   const vCache = call.input("vCache", kCache.shape);
-  const lengths = call.integers(call.input("lengths", [batch], "int32"));
-  const rows = call.integers(call.input("rows", [batch], "int32"));
+  const [lengths, rows] = ["lengths", "rows"].map((name) => call.input(name, [batch], "int32"));
   const scale = call.number("scale");
   if (heads % keyHeads !== 0) throw call.error(`${heads} query heads are not a multiple of ${keyHeads} key heads`);
-  checkPlaces(call, lengths, rows, cacheRows, capacity);
+  const lengthList = call.integers(lengths);
+  checkPlaces(call, lengthList, call.integers(rows), cacheRows, capacity);
   const out = call.output(q.shape);
-  const scores = call.scratch(4 * capacity);
-  const [qAt, kAt, vAt, kCacheAt, vCacheAt, outAt] = [q, k, v, kCache, vCache, out].map((tensor) =>
-    call.address(tensor)
-  );
+  const [qAt, kAt, vAt, kCacheAt, vCacheAt] = [q, k, v, kCache, vCache].map((tensor) => call.address(tensor));
+  const [lengthsAt, rowsAt, outAt] = [lengths, rows, out].map((tensor) => call.address(tensor));
   const [queryBytes, keyBytes] = [4 * heads * d, 4 * keyHeads * d];
-  for (let b = 0; b < batch; b++) {
-    const row = rows[b] * capacity * keyBytes;
-    call.functions.decode(
-      ...[heads, keyHeads, d, scale, lengths[b]],
-      ...[qAt + b * queryBytes, kAt + b * keyBytes, vAt + b * keyBytes],
-      ...[kCacheAt + row, vCacheAt + row, outAt + b * queryBytes, scores],
-    );
-  }
+  const cost = COST * heads * d * lengthList.reduce((sum, length) => sum + length + 1, 0);
+  const calls = call.ranges(batch, cost).map(([from, to]) => [
+    ...[to - from, heads, keyHeads, d, scale, capacity * keyBytes],
+    ...[qAt + from * queryBytes, kAt + from * keyBytes, vAt + from * keyBytes, kCacheAt, vCacheAt],
+    ...[lengthsAt + 4 * from, rowsAt + 4 * from, outAt + from * queryBytes],
+  ]);
+  call.run("decode", calls, cost, [4 * (capacity + 3)]);
   return out;
 }
 

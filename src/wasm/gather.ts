@@ -24,7 +24,10 @@ export const gather: KernelFile = {
 
 const parameters = ["i32", "i32", "i32", "i32", "i32", "i32"] as const;
 
-/** `gather_rows(count, width, rows, index, x, y)` and `scatter_add_rows(…)`: the result is −1, or the position of a bad index. */
+/**
+ * `gather_rows(count, width, rows, index, x, y)` and `scatter_add_rows(count, width, stride, rows, index, x, y)`, which treats `width` columns
+ * of rows that lie `stride` bytes apart: the result is −1, or the position of a bad index.
+ */
 function emit(m: ModuleBuilder, parts: Parts): void {
   m.function("gather_rows", parameters, (f, count, width, rows, index, x, y) => {
     const stride = f.i32(width.shl(2));
@@ -42,10 +45,14 @@ function emit(m: ModuleBuilder, parts: Parts): void {
     });
     f.return(I32.of(-1));
   }, { result: "i32", exported: true });
-  m.function("scatter_add_rows", parameters, (f, count, width, rows, index, x, y) => {
-    const stride = f.i32(width.shl(2));
+  m.function("scatter_add_rows", [...parameters, "i32"] as const, (f, count, width, stride, rows, index, x, y) => {
     const source = f.i32(x);
-    f.zero(y, rows.mul(stride));
+    const bytes = f.i32(width.shl(2));
+    const cleared = f.i32(y);
+    f.for(0, rows, 1, () => {
+      f.zero(cleared, bytes);
+      cleared.set(cleared.add(stride));
+    });
     f.for(0, count, 1, (i) => {
       const row = f.i32(load.i32(index.add(i.shl(2))));
       f.if(row.lt(-1).or(row.ge(rows)), () => f.return(i));
@@ -60,13 +67,23 @@ function emit(m: ModuleBuilder, parts: Parts): void {
   }, { result: "i32", exported: true });
 }
 
+/** Rough nanoseconds per element. */
+const COST = 0.3;
+/** Columns that are treated together at least: two cache lines. */
+const COLUMNS = 32;
+
 function gatherRows(call: KernelCall): tf.TensorInfo {
   const x = call.input("x", [null, null]);
   const index = call.input("index", [null], "int32");
   const output = call.output([index.shape[0], x.shape[1]]);
   const [count, width, rows] = [index.shape[0], x.shape[1], x.shape[0]];
-  const addresses = [index, x, output].map((tensor) => call.address(tensor));
-  checkIndex(call, call.functions.gather_rows(count, width, rows, ...addresses), index, rows);
+  const [indexAt, xAt, outputAt] = [index, x, output].map((tensor) => call.address(tensor));
+  const cost = COST * count * width, ranges = call.ranges(count, cost);
+  const calls = ranges.map(([from, to]) => [
+    ...[to - from, width, rows, indexAt + 4 * from, xAt, outputAt + 4 * from * width],
+  ]);
+  const bad = call.run("gather_rows", calls, cost).map((at, i) => at < 0 ? at : at + ranges[i][0]);
+  checkIndex(call, bad.find((at) => at >= 0) ?? -1, index, rows);
   return output;
 }
 
@@ -76,8 +93,13 @@ function scatterAddRows(call: KernelCall): tf.TensorInfo {
   const rows = call.number("rows");
   if (!Number.isInteger(rows) || rows < 0) throw call.error(`attribute rows must be an integer ≥ 0, is ${rows}`);
   const output = call.output([rows, x.shape[1]]);
-  const addresses = [index, x, output].map((tensor) => call.address(tensor));
-  checkIndex(call, call.functions.scatter_add_rows(x.shape[0], x.shape[1], rows, ...addresses), index, rows);
+  const [indexAt, xAt, outputAt] = [index, x, output].map((tensor) => call.address(tensor));
+  const [count, width] = x.shape, cost = COST * (count + rows) * width;
+  // By columns: rows may be chosen very unequally often.
+  const calls = call.ranges(width, cost, COLUMNS).map(([from, to]) => [
+    ...[count, to - from, 4 * width, rows, indexAt, xAt + 4 * from, outputAt + 4 * from],
+  ]);
+  checkIndex(call, call.run("scatter_add_rows", calls, cost)[0], index, rows);
   return output;
 }
 

@@ -25,17 +25,19 @@ export function gemmScratchBytes(n: number, k: number): number {
   return 4 * (NC + MR * NR + Math.min(KC, k) * columns);
 }
 
-const parameters = ["i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32"] as const;
+const six = ["i32", "i32", "i32", "i32", "i32", "i32"] as const;
+const parameters = [...six, ...six, "i32"] as const;
 
-/** Adds `gemm(m, n, k, a, transposeA, b, transposeB, bias, c, scratch)`; `bias` 0 means none; others are addresses. */
+/**
+ * Adds `gemm(m, n, k, a, aStride, transposeA, b, bStride, transposeB, bias, c, cStride, scratch)`: strides in bytes from one row to
+ * the next as stored, so that blocks of larger matrices can be multiplied; `bias` 0 means none; others are addresses. Each
+ * element is summed in the same order whatever block it is computed with.
+ */
 export function emitGemm(m: ModuleBuilder, parts: Parts): Callable<typeof parameters, undefined> {
   return m.function(
     "gemm",
     parameters,
-    (f, rows, columns, depth, a, transposeA, b, transposeB, bias, c, scratch) => {
-      const cStride = f.i32(columns.shl(2));
-      const aStride = f.i32(rows.select(depth, transposeA).shl(2));
-      const bStride = f.i32(depth.select(columns, transposeB).shl(2));
+    (f, rows, columns, depth, a, aStride, transposeA, b, bStride, transposeB, bias, c, cStride, scratch) => {
       const edge = f.i32(scratch.add(4 * NC));
       const packed = f.i32(edge.add(4 * MR * NR));
       const init = f.i32();

@@ -10,6 +10,9 @@ const text = (value: string): number[] => {
   return [...size(bytes.length), ...bytes];
 };
 
+/** Pages of 64 KiB that a memory can have. */
+const MOST_PAGES = 65536;
+
 interface Signature {
   readonly parameters: readonly ValueType[];
   readonly result: ValueType | undefined;
@@ -62,8 +65,12 @@ export class ModuleBuilder {
     return { index: this.#imports.length + own, parameters, result };
   }
 
-  /** The binary. */
-  bytes(): Uint8Array<ArrayBuffer> {
+  /**
+   * The binary.
+   *
+   * @param options.sharedMemory Whether the memory that it imports is shared between threads. @default {false}
+   */
+  bytes({ sharedMemory = false } = {}): Uint8Array<ArrayBuffer> {
     const section = (id: number, items: number[][]): number[] => {
       const content = [size(items.length), ...items].flat();
       return [id, ...size(content.length), ...content];
@@ -71,7 +78,9 @@ export class ModuleBuilder {
     const signatures = [...this.#imports, ...this.#functions].map(({ signature }) => signatureBytes(signature));
     const kinds = [...new Set(signatures.map((bytes) => bytes.join()))];
     const kindOf = signatures.map((bytes) => size(kinds.indexOf(bytes.join())));
-    const memory = [...text("env"), ...text("memory"), 0x02, 0x00, 0x01];
+    // At least one page; shared memory must name its maximum too.
+    const limits = sharedMemory ? [0x03, 0x01, ...size(MOST_PAGES)] : [0x00, 0x01];
+    const memory = [...text("env"), ...text("memory"), 0x02, ...limits];
     const imports = this.#imports.map(({ name }, i) => [...text("env"), ...text(name), 0x00, ...kindOf[i]]);
     const exports = this.#functions.flatMap(({ name, exported }, i) =>
       exported ? [[...text(name), 0x00, ...size(this.#imports.length + i)]] : []

@@ -16,9 +16,10 @@ import { ModuleBuilder } from "./module.ts";
 import { norm } from "./norm.ts";
 import { emitParts } from "./parts.ts";
 import { rope } from "./rope.ts";
-import { attach, type Instance, type Kernel, KernelCall, type KernelFile } from "./runtime.ts";
+import { attach, type Instance, isShared, type Kernel, KernelCall, type KernelFile, LEAST_COST } from "./runtime.ts";
 import { sums } from "./sums.ts";
 import { swiglu } from "./swiglu.ts";
+import { ThreadTeam } from "./threads.ts";
 
 const files: readonly KernelFile[] = [
   matmul,
@@ -35,24 +36,74 @@ const files: readonly KernelFile[] = [
   decode,
 ];
 
-let compiled: WebAssembly.Module | undefined;
+/** The module, for memory that is shared and for memory that isn't. */
+const compiled = new Map<boolean, WebAssembly.Module>();
 const instances = new WeakMap<object, Instance>();
 
-function compile(): WebAssembly.Module {
-  const m = new ModuleBuilder();
-  const parts = emitParts(m);
-  for (const file of files) file.emit(m, parts);
-  return new WebAssembly.Module(m.bytes());
+function compile(sharedMemory: boolean): WebAssembly.Module {
+  let module = compiled.get(sharedMemory);
+  if (module === undefined) {
+    const m = new ModuleBuilder();
+    const parts = emitParts(m);
+    for (const file of files) file.emit(m, parts);
+    module = new WebAssembly.Module(m.bytes({ sharedMemory }));
+    compiled.set(sharedMemory, module);
+  }
+  return module;
 }
 
 function instanceFor(backend: object): Instance {
   let instance = instances.get(backend);
   if (instance === undefined) {
-    compiled ??= compile();
-    instance = attach(backend, compiled);
+    instance = attach(backend, compile);
     instances.set(backend, instance);
   }
   return instance;
+}
+
+/** What {@link useWasmThreads} could do. */
+export interface ThreadsInUse {
+  /** Threads that compute from here on, the calling one counted. */
+  readonly threads: number;
+  /** Why they are fewer than asked for, in one line; absent where they aren't. */
+  readonly notice?: string;
+}
+
+/** The backend whose kernels have threads, if any: one at a time. */
+let threaded: Instance | undefined;
+
+/** The threads that {@link useWasmThreads} started; undefined while there is one thread only. */
+export function wasmThreads(): ThreadTeam | undefined {
+  return threaded?.team;
+}
+
+/**
+ * Gives the kernels of the current backend, `wasm`, so many threads. More than one need memory that is shared: see `startShared`. Results
+ * do not depend on the number. The threads do not keep the process alive; 1 ends them.
+ *
+ * @param threads 1 or more.
+ * @param options.leastCost Work below which a kernel is not shared out, in nanoseconds, for tests. @default {20000}
+ */
+export async function useWasmThreads(threads: number, options: { leastCost?: number } = {}): Promise<ThreadsInUse> {
+  const instance = instanceFor(tf.backend());
+  instance.leastCost = options.leastCost ?? LEAST_COST;
+  if (threads > 1 && instance.team?.threads === threads && !instance.team.isLost) return { threads };
+  const old = threaded?.team;
+  if (threaded) threaded.team = undefined;
+  await old?.stop();
+  if (threads <= 1) return { threads: 1 };
+  if (!isShared(instance.memory)) {
+    return { threads: 1, notice: "one thread: the wasm backend was started without shared memory" };
+  }
+  try {
+    const { memory, functions } = instance;
+    instance.team = await ThreadTeam.start({ module: compile(true), memory, functions, threads });
+    threaded = instance;
+    return { threads };
+  } catch (error) {
+    const why = error instanceof Error ? error.message.split("\n")[0] : String(error);
+    return { threads: 1, notice: `one thread: the others could not be started (${why})` };
+  }
 }
 
 /** The names of all kernels that {@link installWasmKernels} registers. */

@@ -51,6 +51,9 @@ function emit(m: ModuleBuilder, parts: Parts): void {
   }
 }
 
+/** Rough nanoseconds per element. */
+const COST = 0.4;
+
 function rotate(call: KernelCall): tf.TensorInfo {
   const x = call.input("x", [null, null, null]);
   const [rows, heads, width] = x.shape;
@@ -58,7 +61,12 @@ function rotate(call: KernelCall): tf.TensorInfo {
   const cos = call.input("cos", [rows, width]);
   const sin = call.input("sin", [rows, width]);
   const y = call.output(x.shape);
-  const run = call.flag("inverse") ? call.functions.rope_inverse : call.functions.rope;
-  run(rows, heads, width / 2, ...[x, cos, sin, y].map((tensor) => call.address(tensor)));
+  const cost = COST * rows * heads * width;
+  const [xAt, cosAt, sinAt, yAt] = [x, cos, sin, y].map((tensor) => call.address(tensor));
+  const calls = call.ranges(rows, cost).map(([from, to]) => {
+    const [skip, skipTable] = [4 * from * heads * width, 4 * from * width];
+    return [to - from, heads, width / 2, xAt + skip, cosAt + skipTable, sinAt + skipTable, yAt + skip];
+  });
+  call.run(call.flag("inverse") ? "rope_inverse" : "rope", calls, cost);
   return y;
 }

@@ -6,11 +6,16 @@
  * backend object holds `wasm.asm.memory`, `wasm._malloc`, `wasm._free`, `dataIdMap` and `makeOutput`; {@link attach} checks
  * each. Offsets stay valid when the memory grows, JavaScript views do not: take views late and drop them.
  *
+ * Where the memory is shared, a {@link ThreadTeam} can share out a kernel's work. A kernel then states it as several calls of one
+ * function, each of which computes its own part of the output; what is added up for one element, and in which order, must not
+ * depend on where the cuts are, so that results are the same for any number of threads.
+ *
  * @module
  */
 import { tf } from "../deps.ts";
 import type { ModuleBuilder } from "./module.ts";
 import type { Parts } from "./parts.ts";
+import { MOST_CALLS, type ThreadTeam } from "./threads.ts";
 
 /** What we use of the WebAssembly backend. */
 interface WasmBackend {
@@ -23,7 +28,7 @@ interface WasmBackend {
   makeOutput(shape: number[], dtype: tf.DataType): tf.TensorInfo;
 }
 
-type Functions = Readonly<Record<string, (...values: number[]) => number>>;
+type Functions = Readonly<Record<string, (...values: number[]) => number | undefined>>;
 
 /** A kernel as `register.ts` registers it. */
 export interface Kernel {
@@ -38,12 +43,40 @@ export interface KernelFile {
   readonly kernels: readonly Kernel[];
 }
 
+/** Work below which threads are not worth waking, in nanoseconds. */
+export const LEAST_COST = 20_000;
+/** The least work that is handed out. */
+const LEAST_PART = 8_000;
+/** Parts per thread: more than one, so that a thread that the system holds up leaves its rest to the others. */
+const PARTS_PER_THREAD = 2;
+/** Bytes of a cache line, doubled for its prefetched neighbour: threads must not write to the same one. */
+const LINE = 128;
+/** Elements that are treated together at least: whole vectors, and few shared cache lines. */
+const ELEMENTS = 64;
+const aligned = (bytes: number): number => Math.ceil(bytes / LINE) * LINE;
+
+/** Whether a memory can be used by several threads. */
+export function isShared(memory: WebAssembly.Memory): boolean {
+  return typeof SharedArrayBuffer === "function" && (memory.buffer as ArrayBufferLike) instanceof SharedArrayBuffer;
+}
+
+/** Memory that only grows. */
+interface Room {
+  address: number;
+  bytes: number;
+}
+
 /** One instance of the module on the memory of one backend. */
 export class Instance {
   readonly memory: WebAssembly.Memory;
   readonly functions: Functions;
+  /** Cost from which work is cut, in nanoseconds; tests lower it. */
+  leastCost = LEAST_COST;
+  /** The threads; undefined while the calling one is alone. */
+  team?: ThreadTeam;
   #backend: WasmBackend;
-  #scratch = { address: 0, bytes: 0 };
+  #scratch: Room = { address: 0, bytes: 0 };
+  #threadScratch: Room = { address: 0, bytes: 0 };
 
   constructor(backend: WasmBackend, module: WebAssembly.Module) {
     this.#backend = backend;
@@ -72,15 +105,59 @@ export class Instance {
    * Room for intermediate values, until the next call of this method. It only grows, so it costs no allocation per call;
    * tf.memory() does not count it. */
   scratch(bytes: number): number {
-    if (bytes > this.#scratch.bytes) {
+    return this.#grow(this.#scratch, bytes);
+  }
+
+  #grow(room: Room, bytes: number): number {
+    if (bytes > room.bytes) {
       const { _free, _malloc } = this.#backend.wasm;
-      if (this.#scratch.address !== 0) _free(this.#scratch.address);
-      this.#scratch = { address: 0, bytes: 0 };
+      if (room.address !== 0) _free(room.address);
+      room.address = room.bytes = 0;
       const address = _malloc(bytes) >>> 0;
       if (address === 0) throw outOfMemory(bytes);
-      this.#scratch = { address, bytes };
+      Object.assign(room, { address, bytes });
     }
-    return this.#scratch.address;
+    return room.address;
+  }
+
+  /**
+   * How to cut work.
+   *
+   * @param units What can be computed one by one: rows, columns, elements.
+   * @param cost A rough time for all of it on one thread, in nanoseconds.
+   * @param grain The cuts are at multiples of this many units. @default {1}
+   * @returns Ranges from–to that cover all units; a single one where threads would not pay.
+   */
+  ranges(units: number, cost: number, grain = 1): [from: number, to: number][] {
+    const grains = Math.ceil(units / grain), threads = this.team?.threads ?? 1;
+    const worth = cost < this.leastCost ? 1 : Math.floor(cost / Math.min(LEAST_PART, this.leastCost || 1));
+    const parts = threads === 1 ? 1 : Math.max(1, Math.min(grains, threads * PARTS_PER_THREAD, worth, MOST_CALLS));
+    const cut = (part: number): number => Math.min(units, Math.floor(part * grains / parts) * grain);
+    return Array.from({ length: parts }, (_, part) => [cut(part), cut(part + 1)]);
+  }
+
+  /**
+   * Calls a function of the module once for each list of arguments, on all threads if there are several and the cost is worth it.
+   *
+   * @param scratch Sizes in bytes of room that each call needs for itself; the addresses are appended to its arguments.
+   * @returns The results, 0 where the function has none.
+   */
+  run(name: string, lists: readonly (readonly number[])[], cost: number, scratch: readonly number[] = []): number[] {
+    let stride = 0;
+    const offsets = scratch.map((bytes) => (stride += aligned(bytes)) - aligned(bytes));
+    const team = lists.length > 1 && cost >= this.leastCost ? this.team : undefined;
+    // malloc aligns to 16 bytes only.
+    const room = stride === 0 ? 0 : this.#grow(this.#threadScratch, LINE + stride * (team?.threads ?? 1));
+    const address = aligned(room);
+    if (team === undefined) {
+      const own = offsets.map((offset) => address + offset);
+      return lists.map((list) => this.functions[name](...list, ...own) ?? 0);
+    }
+    const results: number[] = [];
+    for (let i = 0; i < lists.length; i += MOST_CALLS) {
+      results.push(...team.run(name, lists.slice(i, i + MOST_CALLS), { address, stride, offsets }));
+    }
+    return results;
   }
 }
 
@@ -93,14 +170,15 @@ function outOfMemory(bytes: number): RangeError {
 /**
  * The instance for a backend.
  *
+ * @param compile Makes the module, for shared memory or for memory that isn't shared.
  * @throws {TypeError} if the backend is not built as tfjs-backend-wasm 4.22 is.
  */
-export function attach(backend: object, module: WebAssembly.Module): Instance {
+export function attach(backend: object, compile: (sharedMemory: boolean) => WebAssembly.Module): Instance {
   const { wasm, dataIdMap, makeOutput } = backend as Partial<WasmBackend>;
   const fits = wasm?.asm?.memory instanceof WebAssembly.Memory && typeof wasm._malloc === "function" &&
     typeof wasm._free === "function" && typeof dataIdMap?.get === "function" && typeof makeOutput === "function";
   if (!fits) throw new TypeError("the wasm backend has no memory that kernels can share: use tfjs-backend-wasm 4.22");
-  return new Instance(backend as WasmBackend, module);
+  return new Instance(backend as WasmBackend, compile(isShared(wasm.asm.memory)));
 }
 
 /** What a kernel sees of one call. */
@@ -140,8 +218,12 @@ export class KernelCall {
   }
 
   /** As {@link input}, but undefined where the caller left it out. */
-  optional(name: string, shape: readonly (number | null)[]): tf.TensorInfo | undefined {
-    return this.inputs[name] === undefined || this.inputs[name] === null ? undefined : this.input(name, shape);
+  optional(
+    name: string,
+    shape: readonly (number | null)[],
+    dtype: "float32" | "int32" = "float32",
+  ): tf.TensorInfo | undefined {
+    return this.inputs[name] === undefined || this.inputs[name] === null ? undefined : this.input(name, shape, dtype);
   }
 
   /** A finite number among the attributes. */
@@ -171,6 +253,30 @@ export class KernelCall {
 
   scratch(bytes: number): number {
     return this.instance.scratch(bytes);
+  }
+
+  /** See {@link Instance.ranges}. */
+  ranges(units: number, cost: number, grain = 1): [from: number, to: number][] {
+    return this.instance.ranges(units, cost, grain);
+  }
+
+  /** See {@link Instance.run}. */
+  run(name: string, lists: readonly (readonly number[])[], cost: number, scratch: readonly number[] = []): number[] {
+    return this.instance.run(name, lists, cost, scratch);
+  }
+
+  /**
+   * Calls a function that treats elements one by one, `name(count, …addresses, …scalars)`.
+   *
+   * @param tensors All of one size; their addresses are passed in this order.
+   * @param cost Rough nanoseconds per element.
+   */
+  each(name: string, tensors: readonly tf.TensorInfo[], cost: number, scalars: readonly number[] = []): void {
+    const count = tf.util.sizeFromShape(tensors[0].shape), addresses = tensors.map((tensor) => this.address(tensor));
+    const calls = this.ranges(count, cost * count, ELEMENTS).map(([from, to]) => [
+      ...[to - from, ...addresses.map((address) => address + 4 * from), ...scalars],
+    ]);
+    this.run(name, calls, cost * count);
   }
 
   /** A copy of a small int32 input. */

@@ -2,7 +2,7 @@
  * Sums.
  *
  * - `MgpoColSum`: x [N, D] → [D], Σ over rows (gradients of biases). Rows are added 64 at a time, then in total.
- * - `MgpoSumSquares`: x (any shape) → scalar Σ x², accumulated in f64 (gradient norms).
+ * - `MgpoSumSquares`: x (any shape) → scalar Σ x², accumulated in f64 (gradient norms), 65,536 elements at a time, then in total.
  *
  * Cost: one read per element.
  *
@@ -24,15 +24,21 @@ export const sums: KernelFile = {
 /** Rows per partial sum. */
 const ROWS_PER_SUM = 64;
 
-/** `column_sum(rows, width, x, y, scratch)` (scratch: one row), `sum_squares(count, x, y)` */
+/** Elements per partial sum of squares. */
+const SQUARES_PER_SUM = 65536;
+
+/**
+ * `column_sum(rows, width, stride, x, y, scratch)`: stride in bytes, scratch: one row of `width`.
+ * `sum_squares(count, x)` → the sum in f64.
+ */
 function emit(m: ModuleBuilder, parts: Parts): void {
-  m.function("column_sum", ["i32", "i32", "i32", "i32", "i32"], (f, rows, width, x, y, scratch) => {
-    const stride = f.i32(width.shl(2));
-    f.zero(y, stride);
+  m.function("column_sum", ["i32", "i32", "i32", "i32", "i32", "i32"], (f, rows, width, stride, x, y, scratch) => {
+    const bytes = f.i32(width.shl(2));
+    f.zero(y, bytes);
     f.for(0, rows, ROWS_PER_SUM, (i) => {
       const part = f.i32(rows.sub(i)).min(ROWS_PER_SUM);
       const end = f.i32(part);
-      f.zero(scratch, stride);
+      f.zero(scratch, bytes);
       f.for(0, end, 1, () => {
         eachVector(f, parts, width, (at) => at.store(scratch, at.load(scratch).add(at.load(x))));
         x.set(x.add(stride));
@@ -40,7 +46,7 @@ function emit(m: ModuleBuilder, parts: Parts): void {
       eachVector(f, parts, width, (at) => at.store(y, at.load(y).add(at.load(scratch))));
     });
   }, { exported: true });
-  m.function("sum_squares", ["i32", "i32", "i32"], (f, count, x, y) => {
+  m.function("sum_squares", ["i32", "i32"], (f, count, x) => {
     const both: Parameters<typeof doubleTotal>[1] = [f.v128(V128.of(0)), f.v128(V128.of(0))];
     eachVector(f, parts, count, (at) => {
       const value = f.v128(at.load(x));
@@ -48,22 +54,36 @@ function emit(m: ModuleBuilder, parts: Parts): void {
       both[0].set(both[0].doubleAdd(low.doubleMul(low)));
       both[1].set(both[1].doubleAdd(high.doubleMul(high)));
     });
-    f.storeF32(y, doubleTotal(f, both).toF32());
-  }, { exported: true });
+    f.return(doubleTotal(f, both));
+  }, { result: "f64", exported: true });
 }
+
+/** Rough nanoseconds per element. */
+const COST = 0.3;
+/** Columns that are summed together at least: two cache lines. */
+const COLUMNS = 32;
 
 function columnSum(call: KernelCall): tf.TensorInfo {
   const x = call.input("x", [null, null]);
   const [rows, width] = x.shape;
   const y = call.output([width]);
-  const scratch = call.scratch(4 * width);
-  call.functions.column_sum(rows, width, call.address(x), call.address(y), scratch);
+  const cost = COST * rows * width, [xAt, yAt] = [call.address(x), call.address(y)];
+  const calls = call.ranges(width, cost, COLUMNS).map(([from, to]) => [
+    ...[rows, to - from, 4 * width, xAt + 4 * from, yAt + 4 * from],
+  ]);
+  call.run("column_sum", calls, cost, [4 * width]);
   return y;
 }
 
 function sumSquares(call: KernelCall): tf.TensorInfo {
   const x = call.input("x");
   const y = call.output([]);
-  call.functions.sum_squares(tf.util.sizeFromShape(x.shape), call.address(x), call.address(y));
+  const count = tf.util.sizeFromShape(x.shape), at = call.address(x);
+  const calls = Array.from({ length: Math.ceil(count / SQUARES_PER_SUM) }, (_, i) => {
+    const from = i * SQUARES_PER_SUM;
+    return [Math.min(SQUARES_PER_SUM, count - from), at + 4 * from];
+  });
+  const total = call.run("sum_squares", calls, COST * count).reduce((sum, part) => sum + part, 0);
+  new Float32Array(call.instance.memory.buffer, call.address(y), 1)[0] = total;
   return y;
 }

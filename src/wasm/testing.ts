@@ -6,6 +6,7 @@
 import assert from "node:assert/strict";
 import { tf } from "../deps.ts";
 import { installWasmKernels } from "./register.ts";
+import { startShared } from "./shared_memory.ts";
 
 /** An input of a kernel, or an output, as plain data. */
 export interface Plain {
@@ -13,9 +14,9 @@ export interface Plain {
   readonly shape: readonly number[];
 }
 
-/** Selects the wasm backend with our kernels. */
+/** Selects the wasm backend with our kernels, on memory that threads could share. */
 export async function ready(): Promise<void> {
-  await tf.setBackend("wasm");
+  await startShared(() => tf.setBackend("wasm"));
   await tf.ready();
   installWasmKernels();
 }

@@ -2,7 +2,7 @@
  * Draws that stand outside the head's product: over logits that exist already, the joining of a row's parts, and the look-up of
  * the next embedding.
  *
- * - {@linkcode logitsKernel}: logits `[rows, V]` → `DRAW_PARTS` draws a row. Cost: rows·V reads.
+ * - {@linkcode logitsKernel}: logits `[D, V]`, of which each row takes line `lines[row]`, → `DRAW_PARTS` draws a row. Cost: rows·V reads.
  * - {@linkcode joinKernel}: a row's draws → id and log-prob at `drawn[step, slot]`, and `x[row] = table[id]`.
  *   Log-prob = logit/temperature − ln Σ exp(logit/temperature) over ids that are not suppressed.
  *
@@ -28,6 +28,7 @@ const LOGITS_THREADS = 32;
 export function logitsKernel(vocab: number, greedy: boolean, parts: number): Kernel {
   const list = [
     ["read", "logits", "array<f32>"],
+    ["read", "lines", "array<u32>"],
     ["read", "suppressed", "array<u32>"],
     ["read", "rows", "array<Row>"],
     ["write", "out", "array<Draw>"],
@@ -45,7 +46,7 @@ ${considerFunction(greedy)}
 fn main(@builtin(global_invocation_id) id: vec3u) {
   var draw = emptyDraw();
   for (var v = id.x * 4u; v < vocab; v += ${DRAW_PARTS * 4}u) {
-    let at = id.y * vocab + v;
+    let at = lines[id.y] * vocab + v;
     draw = consider(draw, rows[id.y], v, vec4f(logits[at], logits[at + 1u], logits[at + 2u], logits[at + 3u]));
   }
   out[id.y * ${parts}u + id.x] = draw;

@@ -26,14 +26,18 @@ const record = (rows: number, temperature: number) =>
 
 async function drawAll(logits: Float32Array<ArrayBuffer>, vocab: number, temperature: number, suppressed: Uint8Array) {
   const rows = logits.length / vocab, kernel = logitsKernel(vocab, temperature === 0, DRAW_PARTS);
+  // The logits stand in another order than the rows: each row finds its line.
+  const turned = new Float32Array(logits.length);
+  for (let r = 0; r < rows; r++) turned.set(logits.subarray(r * vocab, (r + 1) * vocab), (rows - 1 - r) * vocab);
+  const lines = Uint32Array.from({ length: rows }, (_, r) => rows - 1 - r);
   const empty = new Uint32Array(rows * DRAW_PARTS * 5), step = record(rows, temperature);
   const parts = await runKernel(
     kernel,
-    [logits, suppressedBits(suppressed), rowWords(rows, rows), empty, step],
+    [turned, lines, suppressedBits(suppressed), rowWords(rows, rows), empty, step],
     LOGITS_WORKGROUPS,
     rows,
   );
-  return await finish(parts.get(3)!, DRAW_PARTS, DRAW_PARTS, rows, step);
+  return await finish(parts.get(4)!, DRAW_PARTS, DRAW_PARTS, rows, step);
 }
 
 /** Joins the rows' partial draws. */

@@ -7,10 +7,20 @@
  *
  * @module
  */
+import { tf } from "../../deps.ts";
 import type { QwenConfig } from "../../policy/config.ts";
+import { bucketed } from "../../policy/packing.ts";
 import { textRopeTable } from "../../policy/rope_index.ts";
 import type { Weights } from "../../policy/vision.ts";
-import { checkInput, type DecodeInput, type DecodeOutput, rowRecords, stepRecords, suppressedBits } from "./input.ts";
+import {
+  checkInput,
+  type DecodeInput,
+  type DecodeOutput,
+  rowRecords,
+  type SampledKeys,
+  stepRecords,
+  suppressedBits,
+} from "./input.ts";
 import { DeviceMemory, flushTensors, guarded, Pipelines, tensorBuffer, webgpuBackend } from "./memory.ts";
 import { DecodePlan, encodeStep, type Launch, type PlanParts, type PromptBuffers } from "./plan.ts";
 import { WeightBuffers } from "./weights.ts";
@@ -189,7 +199,8 @@ export class DecodeEngine {
       return { plan, prompt, first: plan.first(count, logits, input.temperature === 0) };
     });
     try {
-      return await this.#run(plan, prompt, first, input);
+      const out = await this.#run(plan, prompt, first, input);
+      return input.keep ? { ...out, kept: await this.#kept(plan, out.ids) } : out;
     } finally {
       plan.releasePrompts();
     }
@@ -199,6 +210,7 @@ export class DecodeEngine {
   #writeInputs(plan: DecodePlan, input: DecodeInput): void {
     const { queue } = this.#device;
     queue.writeBuffer(plan.rows, 0, rowRecords(input, input.lengths.map((_, i) => i)));
+    queue.writeBuffer(plan.lines, 0, Uint32Array.from(input.logitsRows ?? input.lengths.keys()));
     queue.writeBuffer(plan.steps, 0, stepRecords(input, plan.slots));
     queue.writeBuffer(this.#parts.suppressed, 0, suppressedBits(input.suppressed));
   }
@@ -227,6 +239,50 @@ export class DecodeEngine {
       }
     }
     return out;
+  }
+
+  /** Copies of the keys and values of what was drawn: the plan's own serve the next call. */
+  async #kept(plan: DecodePlan, ids: readonly (readonly number[])[]): Promise<SampledKeys | undefined> {
+    const { kvHeads, headDim } = this.#config.text, k: tf.Tensor2D[] = [], v: tf.Tensor2D[] = [];
+    let total = 0;
+    const starts = ids.map(({ length }) => (total += length - 1) - (length - 1));
+    if (total === 0) return undefined;
+    try {
+      await this.#recorded(() => {
+        for (const store of [k, v]) {
+          // Bucket sizes, because TensorFlow.js keeps freed buffers by their size.
+          for (const _ of plan.caches) store.push(tf.keep(tf.fill([bucketed(total), kvHeads * headDim], 0)));
+        }
+        this.#copySampled(plan, ids, starts, [k, v]);
+      });
+    } catch (error) {
+      tf.dispose([k, v]);
+      throw error;
+    }
+    return { k, v, starts };
+  }
+
+  /** Copies what was sampled, row after row, into tensors of keys and of values. */
+  #copySampled(
+    { caches, slots, capacity }: DecodePlan,
+    ids: readonly (readonly number[])[],
+    starts: readonly number[],
+    stores: readonly (readonly tf.Tensor2D[])[],
+  ): void {
+    const backend = webgpuBackend()!, { kvHeads, headDim } = this.#config.text, bytes = 4 * kvHeads * headDim;
+    // What fills the tensors goes first.
+    flushTensors(backend);
+    const encoder = this.#device.createCommandEncoder();
+    stores.forEach((store, half) =>
+      store.forEach((tensor, layer) => {
+        const target = tensorBuffer(backend, tensor);
+        ids.forEach(({ length }, row) => {
+          const from = (half * slots + row) * capacity * bytes, size = (length - 1) * bytes;
+          if (size > 0) encoder.copyBufferToBuffer(caches[layer], from, target, starts[row] * bytes, size);
+        });
+      })
+    );
+    this.#device.queue.submit([encoder.finish()]);
   }
 
   #submit(record: (pass: GPUComputePassEncoder) => void): void {

@@ -22,8 +22,10 @@ export interface DecodeInput {
   starts?: readonly number[];
   /** Rotary position of each row's first generated token. */
   nextPosition: readonly number[];
-  /** Logits of each prompt's last token, `[B, V]`. */
+  /** Logits of prompts' last tokens, `[D, V]`. */
   firstLogits: tf.Tensor2D;
+  /** For each row its line of `firstLogits`: rows with the same prompt may share it. @default {row by row, D = B} */
+  logitsRows?: readonly number[];
   /** Names each row's draws: three counters (each < 2³²; the third < 2¹²). */
   keys: readonly (readonly [number, number, number])[];
   seed: number;
@@ -38,6 +40,18 @@ export interface DecodeInput {
   checkEvery?: number;
   /** Called for each token with the number of tokens done and rows still running, in order, at the looks. */
   onToken?: (tokens: number, running: number) => void;
+  /** Whether the keys and values of sampled tokens are given back. @default {false} */
+  keep?: boolean;
+}
+
+/** Keys and values of sampled tokens: row after row, all of a row's but those of its last token, which are never computed. */
+export interface SampledKeys {
+  /** Per layer `[n, Hkv·d]`, n at least the sum over rows; the caller's. */
+  k: tf.Tensor2D[];
+  /** Per layer `[n, Hkv·d]`; the caller's. */
+  v: tf.Tensor2D[];
+  /** Where each row begins. */
+  starts: number[];
 }
 
 /** What was drawn, a list a row. */
@@ -47,6 +61,8 @@ export interface DecodeOutput {
   /** ln p of each, over ids that are not suppressed, at the temperature (1 for greedy). */
   logprobs: number[][];
   finish: ("stop" | "length")[];
+  /** What `keep` asked for; left out where no row has more than one token. */
+  kept?: SampledKeys;
 }
 
 /**
@@ -63,6 +79,7 @@ export function checkInput(input: DecodeInput, { text }: QwenConfig, limit: numb
     starts,
     nextPosition,
     firstLogits,
+    logitsRows = lengths.map((_, i) => i),
     keys,
     suppressed,
     maxNewTokens,
@@ -82,9 +99,13 @@ export function checkInput(input: DecodeInput, { text }: QwenConfig, limit: numb
       `lengths, starts, positions and keys must be as many, got ${count}, ${starts?.length}, ${nextPosition.length}, ${keys.length}`,
     );
   }
-  if (firstLogits.shape[0] !== count || firstLogits.shape[1] !== vocabSize) {
-    fail(`the first logits must be [${count}, ${vocabSize}], got [${firstLogits.shape}]`);
+  if (logitsRows.length !== count || firstLogits.shape[1] !== vocabSize) {
+    fail(
+      `the first logits of ${count} rows with ${vocabSize} ids are needed, got ${logitsRows.length}, [${firstLogits.shape}]`,
+    );
   }
+  const lines = firstLogits.shape[0], outside = logitsRows.find((line) => !(line >= 0 && line < lines));
+  if (outside !== undefined) fail(`line ${outside} of ${lines} first logits is asked for`);
   const tokens = k[0].shape[0], wanted = `[${tokens}, ${kvHeads}, ${headDim}]`;
   for (const x of [...k, ...v]) {
     if (`[${x.shape.join(", ")}]` !== wanted) fail(`keys and values must be ${wanted}, got [${x.shape}]`);

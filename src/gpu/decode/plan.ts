@@ -92,6 +92,8 @@ const totalParts = (parts: readonly HeadPart[]): number => parts.reduce((sum, p)
 export class DecodePlan {
   /** Descriptions of running rows. */
   readonly rows: GPUBuffer;
+  /** The line of the first logits that each row begins with. */
+  readonly lines: GPUBuffer;
   /** Step records. */
   readonly steps: GPUBuffer;
   /** Ids and log-probs, `[capacity, slots, 2]`. */
@@ -104,7 +106,8 @@ export class DecodePlan {
   readonly #mixed: GPUBuffer;
   readonly #act: GPUBuffer;
   readonly #draws: GPUBuffer;
-  readonly #caches: GPUBuffer[];
+  /** Keys and values of sampled tokens, `[2, slots, capacity, Hkv, d]` a layer. */
+  readonly caches: readonly GPUBuffer[];
   /** Draws between rows of `#draws`. */
   readonly #stride: number;
   readonly #chunks: TableChunk[];
@@ -134,11 +137,12 @@ export class DecodePlan {
       this.#act = make("gated activations", slots * rowStride(intermediateSize), STORAGE);
       this.#draws = make("partial draws", slots * stride * 5, STORAGE);
       this.rows = make("row descriptions", slots * ROW_WORDS, STORAGE | COPY_DST);
+      this.lines = make("lines of the first logits", slots, STORAGE | COPY_DST);
       this.steps = make("step records", (capacity * STEP_STRIDE) / 4, UNIFORM | COPY_DST);
       this.drawn = make("drawn tokens", capacity * slots * 2, STORAGE | COPY_SRC);
       this.staging = make("read-back of drawn tokens", capacity * slots * 2, MAP_READ | COPY_DST);
       const size = 2 * slots * capacity * kvHeads * headDim;
-      this.#caches = Array.from({ length: layers }, () => make("key-value cache of a layer", size, STORAGE));
+      this.caches = Array.from({ length: layers }, () => make("key-value cache of a layer", size, STORAGE | COPY_SRC));
     } catch (error) {
       for (const buffer of made) memory.release(buffer);
       throw error;
@@ -218,7 +222,7 @@ export class DecodePlan {
           this.#qkv,
           prompt.k[i],
           prompt.v[i],
-          this.#caches[i],
+          this.caches[i],
           prompt.turns,
           this.rows,
           this.#mixed,
@@ -298,10 +302,10 @@ export class DecodePlan {
     return parts ? [one(parts, 0, null), ...embeds] : embeds;
   }
 
-  /** The dispatches that draw each row's first token from logits, `[count, V]`. */
+  /** The dispatches that draw each row's first token from logits, `[D, V]`. */
   first(count: number, logits: GPUBuffer, greedy: boolean): Launch[] {
     const { config, suppressed } = this.parts, kernel = logitsKernel(config.text.vocabSize, greedy, this.#stride);
-    const resources = () => [logits, suppressed, this.rows, this.#draws, this.steps];
+    const resources = () => [logits, this.lines, suppressed, this.rows, this.#draws, this.steps];
     return [
       this.#launch("prompt logits", kernel, resources, LOGITS_WORKGROUPS, count),
       ...this.#join(count, DRAW_PARTS),
@@ -333,6 +337,7 @@ export class DecodePlan {
         this.#act,
         this.#draws,
         this.rows,
+        this.lines,
         this.steps,
         this.drawn,
         this.staging,
@@ -340,6 +345,6 @@ export class DecodePlan {
     ) {
       memory.release(b);
     }
-    for (const cache of this.#caches) memory.release(cache);
+    for (const cache of this.caches) memory.release(cache);
   }
 }

@@ -1,19 +1,24 @@
 /**
  * Attention within packed segments of unequal length, without ever holding an L × L matrix.
  *
- * `MgpoAttention`: q [N, H, d], k and v [N, Hkv, d], cuSeqlens int32 [S + 1] (0 = c₀ ≤ c₁ ≤ … = N); attributes `causal`, `scale`.
- * Tokens i and j meet iff they lie in the same segment and, if causal, j ≤ i. Head h reads key head ⌊h·Hkv/H⌋. Outputs:
+ * `MgpoAttention`: q [N, H, d], k and v [M, Hkv, d], cuSeqlens int32 [S + 1] (0 = c₀ ≤ c₁ ≤ … = N) for the queries, cuSeqlensK
+ * int32 [S + 1] (to M) for the keys, as cuSeqlens where absent; attributes `causal`, `scale`. Segment s has Lq queries and
+ * Lk ≥ Lq keys (≥ 1 if not causal). Its query i and key j, both counted in the segment, meet iff not causal or
+ * j ≤ i + Lk − Lq. Head h reads key head ⌊h·Hkv/H⌋. Outputs:
  *
  * - out [N, H, d] = Σ_j p_ij v_j with p_i = softmax_j(scale · q_i·k_j),
  * - lse [N, H] = ln Σ_j exp(scale · q_i·k_j), which the gradient needs.
  *
  * 32 queries meet 32 keys at a time under a running maximum (see `attention_tiles.ts`). Tiles of queries are cut from the packed
  * tokens and find their segments on the device, so nothing depends on the lengths but the work: a tile that spans several
- * segments walks over all their keys. Cost: 4·L²·d operations per head and segment (half if causal) and L² exponentials.
+ * segments walks over all their keys. Cost: 4·P·d operations and P exponentials per head and segment, where P pairs meet:
+ * Lq·Lk, less Lq²/2 if causal. Adapters that compute on the processor run the shaders of `attention_direct.ts` (attribute `software`
+ * overrules what the adapter says).
  *
  * @module
  */
 import type { tf } from "../../deps.ts";
+import { directAttention, directGrid, fitsDirect } from "./attention_direct.ts";
 import {
   attentionShape,
   declarations,
@@ -27,10 +32,12 @@ import {
   ranges,
   reader,
   scoreProduct,
+  segmentStarts,
   storeSums,
   sumsOf,
   THREADS,
   tileGrid,
+  uniforms,
   weighted,
 } from "./attention_tiles.ts";
 import type { Kernel, KernelCall, Shader } from "./runtime.ts";
@@ -61,14 +68,14 @@ function attentionShader(d: number, causal: boolean): Shader {
       { name: "result", type: "f32", write: true },
       { name: "lse", type: "f32", write: true },
     ],
-    uniforms: { tokens: "u32", heads: "u32", keyHeads: "u32", segments: "u32", scale: "f32" },
+    uniforms,
     threads: THREADS,
     code: `${declarations(d)}
 var<workgroup> lanesOf: array<vec4<f32>, 64>;
 ${reader("q", "heads", d)}
 ${reader("k", "keyHeads", d)}
 ${reader("v", "keyHeads", d)}`,
-    main: `${place}
+    main: `${place("heads")}
 let head = wg.y;
 let keyHead = head / (u.heads / u.keyHeads);
 ${ranges(causal, "keys")}
@@ -116,14 +123,15 @@ if (tx == 0u) {
 }
 
 function attend(call: KernelCall): tf.TensorInfo[] {
-  const { tokens, heads, keyHeads, d, segments } = attentionShape(call);
+  const shape = attentionShape(call), { tokens, heads, d } = shape;
   const [causal, scale] = [call.flag("causal"), call.number("scale")];
   const [q, k, v] = ["q", "k", "v"].map((name) => call.input(name));
-  const cu = call.input("cuSeqlens", [null], "int32");
   const out = call.output(q.shape), lse = call.output([tokens, heads]);
   if (tokens * heads * d === 0) return [out, lse];
-  const uniforms = { tokens, heads, keyHeads, segments, scale };
-  const make = () => attentionShader(d, causal);
-  call.dispatch(`${call.name} ${d} ${causal}`, make, [q, k, v, cu, out, lse], uniforms, tileGrid(tokens, heads));
+  const { cu, keyStarts } = segmentStarts(call), values = { ...shape, keyStarts, scale };
+  const direct = fitsDirect(d) && call.flag("software", call.software);
+  const make = () => direct ? directAttention(d, causal) : attentionShader(d, causal);
+  const grid = direct ? directGrid(tokens, heads) : tileGrid(tokens, heads);
+  call.dispatch(`${call.name} ${d} ${causal} ${direct}`, make, [q, k, v, cu, out, lse], values, grid);
   return [out, lse];
 }

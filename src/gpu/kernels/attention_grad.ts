@@ -1,20 +1,22 @@
 /**
  * Gradient of `attention.ts`, recomputing the probabilities tile by tile.
  *
- * `MgpoAttentionGrad`: q, k, v, out, lse as there, dout [N, H, d], cuSeqlens; attributes `causal`, `scale` → dq [N, H, d],
- * dk and dv [N, Hkv, d]. With p_ij = exp(scale · q_i·k_j − lse_i):
+ * `MgpoAttentionGrad`: q, k, v, out, lse, cuSeqlens, cuSeqlensK as there, dout [N, H, d]; attributes `causal`, `scale` →
+ * dq [N, H, d], dk and dv [M, Hkv, d]. With p_ij = exp(scale · q_i·k_j − lse_i) for pairs that meet, else 0:
  *
  * - dv_j = Σ_i p_ij · dout_i
  * - ds_ij = scale · p_ij · (dout_i·v_j − dout_i·out_i)
  * - dq_i = Σ_j ds_ij · k_j, dk_j = Σ_i ds_ij · q_i, summed over the query heads that share a key head.
  *
  * Three dispatches: lse and dout_i·out_i side by side; dq, by tiles of queries; dk and dv, by tiles of keys, which walk over the query heads
- * themselves. Each output element is summed by one thread in a fixed order. Cost: 14·L²·d operations per head and segment
- * (half if causal) and 2·L² exponentials.
+ * themselves. Each output element is summed by one thread in a fixed order. Cost: 14·P·d operations and 2·P exponentials per head and
+ * segment, where P pairs meet: Lq·Lk, less Lq²/2 if causal. The last two have another form, as in `attention.ts`, for adapters that
+ * compute on the processor.
  *
  * @module
  */
 import type { tf } from "../../deps.ts";
+import { directGrid, directKeyGrad, directQueryGrad, fitsDirect } from "./attention_direct.ts";
 import {
   attentionShape,
   declarations,
@@ -29,9 +31,11 @@ import {
   ranges,
   reader,
   scoreProduct,
+  segmentStarts,
   storeSums,
   THREADS,
   tileGrid,
+  uniforms,
   weighted,
 } from "./attention_tiles.ts";
 import { element, elements, ELEMENTWISE } from "./lanes.ts";
@@ -39,8 +43,6 @@ import type { Kernel, KernelCall, Shader } from "./runtime.ts";
 
 /** The kernel. */
 export const attentionGrad: readonly Kernel[] = [{ name: "MgpoAttentionGrad", run: differentiate }];
-
-const uniforms = { tokens: "u32", heads: "u32", keyHeads: "u32", segments: "u32", scale: "f32" } as const;
 
 /** pair [N, H, 2]: lse and dout·out of each query. */
 function pairShader(d: number): Shader {
@@ -106,7 +108,7 @@ function queryShader(d: number, causal: boolean): Shader {
     uniforms,
     threads: THREADS,
     code: code(d),
-    main: `${place}
+    main: `${place("heads")}
 let head = wg.y;
 let keyHead = head / (u.heads / u.keyHeads);
 ${ranges(causal, "keys")}
@@ -141,7 +143,7 @@ function keyShader(d: number, causal: boolean): Shader {
     uniforms,
     threads: THREADS,
     code: code(d),
-    main: `${place}
+    main: `${place("keyHeads")}
 let keyHead = wg.y;
 let group = u.heads / u.keyHeads;
 ${ranges(causal, "queries")}
@@ -168,18 +170,20 @@ ${storeSums("b", "dv", "keyHeads", "keyHead", pieces, d)}`,
 }
 
 function differentiate(call: KernelCall): tf.TensorInfo[] {
-  const { tokens, heads, keyHeads, d, segments } = attentionShape(call);
+  const shape = attentionShape(call), { tokens, keyTokens, heads, keyHeads, d } = shape;
   const [q, k, v] = ["q", "k", "v"].map((name) => call.input(name));
   const out = call.input("out", q.shape), lse = call.input("lse", [tokens, heads]), dout = call.input("dout", q.shape);
-  const cu = call.input("cuSeqlens", [null], "int32");
   const [causal, scale] = [call.flag("causal"), call.number("scale")];
+  if (tokens * heads * d === 0) return [q, k, v].map((tensor) => call.zeros(tensor.shape));
   const [dq, dk, dv] = [q, k, v].map((tensor) => call.output(tensor.shape));
-  if (tokens * heads * d === 0) return [dq, dk, dv];
   const pair = call.temporary([tokens, heads, 2]), size = tokens * heads;
   call.dispatch(`${call.name} pair ${d}`, () => pairShader(d), [out, dout, lse, pair], { size }, elements(size));
-  const given = [q, k, v, dout, pair, cu], values = { tokens, heads, keyHeads, segments, scale };
-  const [byQuery, byKey] = [() => queryShader(d, causal), () => keyShader(d, causal)];
-  call.dispatch(`${call.name} q ${d} ${causal}`, byQuery, [...given, dq], values, tileGrid(tokens, heads));
-  call.dispatch(`${call.name} k ${d} ${causal}`, byKey, [...given, dk, dv], values, tileGrid(tokens, keyHeads));
+  const { cu, keyStarts } = segmentStarts(call);
+  const given = [q, k, v, dout, pair, cu], values = { ...shape, keyStarts, scale };
+  const direct = fitsDirect(d) && call.flag("software", call.software), grid = direct ? directGrid : tileGrid;
+  const [byQuery, byKey] = direct ? [directQueryGrad, directKeyGrad] : [queryShader, keyShader];
+  const key = `${d} ${causal} ${direct}`;
+  call.dispatch(`${call.name} q ${key}`, () => byQuery(d, causal), [...given, dq], values, grid(tokens, heads));
+  call.dispatch(`${call.name} k ${key}`, () => byKey(d, causal), [...given, dk, dv], values, grid(keyTokens, keyHeads));
   return [dq, dk, dv];
 }

@@ -4,6 +4,8 @@ import { call, close, gpuTest, integers, read, run, tensorsOf, values } from "./
 
 interface Case {
   readonly segments: number[];
+  /** Keys of each segment, where they are not as many as its queries. */
+  readonly keys?: number[];
   readonly heads: number;
   readonly keyHeads: number;
   readonly d: number;
@@ -20,19 +22,39 @@ const cases: Case[] = [
   { segments: [97], heads: 1, keyHeads: 1, d: 64, causal: true },
   { segments: [33, 32], heads: 2, keyHeads: 1, d: 80, causal: false },
   { segments: [40, 41], heads: 6, keyHeads: 2, d: 128, causal: true },
+  // Keys of other lengths than queries: after a prefix, one query, no queries, and (not causal) fewer keys.
+  { segments: [1], keys: [77], heads: 2, keyHeads: 1, d: 8, causal: true },
+  { segments: [5, 0, 31, 1, 23], keys: [29, 17, 31, 150, 24], heads: 4, keyHeads: 2, d: 24, causal: true },
+  { segments: [67, 0, 3], keys: [67, 0, 131], heads: 3, keyHeads: 3, d: 13, causal: true },
+  { segments: [40, 7, 0, 1], keys: [3, 61, 11, 1], heads: 6, keyHeads: 2, d: 20, causal: false },
+  { segments: [0, 0, 9], keys: [5, 40, 290], heads: 2, keyHeads: 2, d: 64, causal: true },
+  {
+    segments: Array.from({ length: 37 }, (_, s) => s % 5),
+    keys: Array.from({ length: 37 }, (_, s) => s % 5 + s * 7 % 11),
+    heads: 2,
+    keyHeads: 1,
+    d: 5,
+    causal: true,
+  },
 ];
 
 const label = (c: Case): string =>
-  `${c.segments.slice(0, 5)} × ${c.heads}/${c.keyHeads} heads of ${c.d}${c.causal ? ", causal" : ""}`;
+  `${c.segments.slice(0, 5)}${c.keys ? ` on ${c.keys.slice(0, 5)}` : ""} × ${c.heads}/${c.keyHeads} heads of ${c.d}` +
+  (c.causal ? ", causal" : "");
+
+/** Starts of segments and the total. */
+const starts = (lengths: readonly number[]): number[] =>
+  lengths.reduce((ends, length) => [...ends, ends[ends.length - 1] + length], [0]);
 
 function inputs(c: Case, size = 1) {
-  const ends = c.segments.map((_, s) => c.segments.slice(0, s + 1).reduce((a, b) => a + b, 0));
-  const n = ends[ends.length - 1];
+  const cuSeqlens = integers(starts(c.segments)), cuKeys = integers(starts(c.keys ?? c.segments));
+  const n = cuSeqlens.data[c.segments.length], m = cuKeys.data[c.segments.length];
   return {
     q: values([n, c.heads, c.d], 1, size),
-    k: values([n, c.keyHeads, c.d], 2, size),
-    v: values([n, c.keyHeads, c.d], 3),
-    cuSeqlens: integers([0, ...ends]),
+    k: values([m, c.keyHeads, c.d], 2, size),
+    v: values([m, c.keyHeads, c.d], 3),
+    cuSeqlens,
+    ...(c.keys ? { cuSeqlensK: cuKeys } : {}),
   };
 }
 
@@ -48,12 +70,13 @@ function plain(c: Case, scale: number, given: ReturnType<typeof inputs>, dout: A
     return sum;
   };
   for (let s = 0; s < c.segments.length; s++) {
-    const [from, end] = given.cuSeqlens.data.subarray(s, s + 2);
+    const [from, end] = given.cuSeqlens.data.subarray(s, s + 2), cuKeys = given.cuSeqlensK ?? given.cuSeqlens;
+    const [keysFrom, keysEnd] = cuKeys.data.subarray(s, s + 2);
     for (let row = from * heads; row < end * heads; row++) {
       const i = Math.floor(row / heads), a = row * d, kh = Math.floor(row % heads * keyHeads / heads);
-      const key = (j: number) => ((from + j) * keyHeads + kh) * d;
+      const key = (j: number) => ((keysFrom + j) * keyHeads + kh) * d;
       const scores = Array.from(
-        { length: c.causal ? i + 1 - from : end - from },
+        { length: keysEnd - keysFrom - (c.causal ? end - i - 1 : 0) },
         (_, j) => scale * dot(q, a, k, key(j)),
       );
       const top = Math.max(...scores);
@@ -104,6 +127,15 @@ gpuTest("attention and its gradient give the same bits again", async () => {
   tf.dispose(twice);
 });
 
+gpuTest("attention without any query: no output, and zeros for the keys' gradients", async () => {
+  const given = inputs({ segments: [0, 0], keys: [3, 34], heads: 2, keyHeads: 1, d: 8, causal: true });
+  const attrs = { causal: true, scale: 1 }, [out, lse] = await run("MgpoAttention", given, attrs);
+  assert.deepEqual([out.shape, lse.shape], [[0, 2, 8], [0, 2]]);
+  const [dq, dk, dv] = await run("MgpoAttentionGrad", { ...given, out, lse, dout: out }, attrs);
+  assert.deepEqual(dq.shape, [0, 2, 8]);
+  for (const gradient of [dk, dv]) close(gradient, new Float32Array(37 * 8), [37, 1, 8], 0);
+});
+
 gpuTest("attention of 2,000 tokens without an L × L tensor: a few rows within 3e-6 of float64", async () => {
   const c: Case = { segments: [2000], heads: 1, keyHeads: 1, d: 8, causal: true };
   const given = inputs(c, 3), [out, lse] = await run("MgpoAttention", given, { causal: true, scale: 0.4 });
@@ -133,5 +165,11 @@ gpuTest("attention names what is wrong with its inputs", async () => {
   const wrong = { ...given, cuSeqlens: integers([0, 3]) };
   await assert.rejects(run("MgpoAttention", wrong, attrs), /rise from 0 to the 118/);
   await assert.rejects(run("MgpoAttention", { ...given, k: values([118, 3, 24], 1) }, attrs), RangeError);
+  const short = { ...given, cuSeqlensK: integers([0, 16, 16, 54, 54, 118]) };
+  await assert.rejects(run("MgpoAttention", short, attrs), /segment 1 has 1 queries and 0 keys/);
+  await assert.rejects(
+    run("MgpoAttention", { ...given, cuSeqlensK: integers([0, 118]) }, attrs),
+    /cuSeqlensK must have/,
+  );
   await assert.rejects(run("MgpoAttention", given, { causal: true }), /attribute scale/);
 });

@@ -68,17 +68,43 @@ gpuTest("attention, as plain tfjs within 1e-5", async () => {
     { lengths: [1], heads: 1, keyHeads: 1, d: 2, causal: true },
     { lengths: [13, 1, 40], heads: 4, keyHeads: 2, d: 12, causal: true },
     { lengths: [16, 16, 16], heads: 3, keyHeads: 3, d: 10, causal: false },
+    { lengths: [13, 0, 1, 40], keys: [29, 7, 70, 40], heads: 4, keyHeads: 2, d: 12, causal: true },
+    { lengths: [2, 33, 0], keys: [35, 1, 3], heads: 3, keyHeads: 3, d: 10, causal: false },
+    // All are named, but as the queries are cut.
+    { lengths: [5, 61], keys: [5, 61], heads: 2, keyHeads: 1, d: 24, causal: true },
   ];
-  for (const { lengths, heads, keyHeads, d, causal } of cases) {
-    const n = lengths.reduce((a, b) => a + b), segments = ops.segmentsOf(lengths);
-    const inputs = [values([n, heads, d], 1, 2), values([n, keyHeads, d], 2, 2), values([n, keyHeads, d], 3)];
+  for (const { lengths, keys, heads, keyHeads, d, causal } of cases) {
+    const [n, m] = [lengths, keys ?? lengths].map((x) => x.reduce((a, b) => a + b));
+    const segments = ops.segmentsOf(lengths), keySegments = keys && ops.segmentsOf(keys);
+    const inputs = [values([n, heads, d], 1, 2), values([m, keyHeads, d], 2, 2), values([m, keyHeads, d], 3)];
     const attend: Operation = (...x) => {
       const [q, k, v] = x as tf.Tensor3D[];
-      return ops.attention(q, k, v, segments, causal, 1 / Math.sqrt(d));
+      return ops.attention(q, k, v, segments, causal, 1 / Math.sqrt(d), keySegments);
     };
     await compare(attend, inputs, 1e-5);
   }
 });
+
+gpuTest(
+  "queries after a prefix get what a causal pass over everything gives them, and gradients, within 2e-6",
+  async () => {
+    const rows = [...Array.from({ length: 9 }, (_, i) => 40 + i), ...Array.from({ length: 30 }, (_, i) => 49 + i)];
+    const inputs = [values([90, 72], 1, 2), values([90, 1, 24], 2, 2), values([90, 1, 24], 3)];
+    const [full, suffix] = [[49, 30, 11], [9, 30, 0]].map(ops.segmentsOf);
+    const pick = (x: tf.Tensor) => ops.gatherRows(x as tf.Tensor2D, rows);
+    const heads = (x: tf.Tensor) => tf.reshape(x, [x.shape[0], 3, 24]) as tf.Tensor3D;
+    const whole = await both("fused", (q, k, v) => {
+      const out = ops.attention(heads(q), k as tf.Tensor3D, v as tf.Tensor3D, full, true, 0.2);
+      return pick(tf.reshape(out, [90, 72]));
+    }, inputs);
+    const part = await both("fused", (q, k, v) => {
+      const out = ops.attention(heads(pick(q)), k as tf.Tensor3D, v as tf.Tensor3D, suffix, true, 0.2, full);
+      return tf.reshape(out, [39, 72]);
+    }, inputs);
+    assert.ok(whole[0].data.every((x) => x !== 0));
+    whole.forEach((w, i) => close(part[i], w.data, w.shape, 2e-6));
+  },
+);
 
 gpuTest("log-probabilities and entropies, as plain tfjs within 1e-5", async () => {
   for (const [n, vocabulary] of [[1, 2], [13, 85], [5, 515]]) {
@@ -97,8 +123,9 @@ gpuTest("no kernel leaks tensors or buffers", async () => {
   const once = () =>
     both("fused", (...x) => {
       const [q, k, v] = x as tf.Tensor3D[];
-      const out = ops.attention(q, k, v, ops.segmentsOf([60, 7]), true, 0.3).reshape([67, 24]) as tf.Tensor2D;
-      const w = ops.linear(out, q.reshape([67, 24]) as tf.Tensor2D);
+      const first = ops.attention(q, k, v, ops.segmentsOf([60, 7]), true, 0.3);
+      const out = ops.attention(first, k, v, ops.segmentsOf([40, 27]), true, 0.3, ops.segmentsOf([40, 27]));
+      const w = ops.linear(out.reshape([67, 24]) as tf.Tensor2D, q.reshape([67, 24]) as tf.Tensor2D);
       return ops.logProbEntropy(ops.gatherRows(w, [1, -1, 3, 3]), [0, 1, 2, 3], null, 1);
     }, inputs);
   const counts: number[][] = [];

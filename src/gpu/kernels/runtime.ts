@@ -171,8 +171,12 @@ export class KernelCall {
   }
 
   /** As {@link input}, but undefined where the caller left it out. */
-  optional(name: string, shape: readonly (number | null)[]): tf.TensorInfo | undefined {
-    return this.inputs[name] === undefined || this.inputs[name] === null ? undefined : this.input(name, shape);
+  optional(
+    name: string,
+    shape: readonly (number | null)[],
+    dtype: "float32" | "int32" = "float32",
+  ): tf.TensorInfo | undefined {
+    return this.inputs[name] === undefined || this.inputs[name] === null ? undefined : this.input(name, shape, dtype);
   }
 
   /** A finite number among the attributes. */

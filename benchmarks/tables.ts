@@ -1,0 +1,96 @@
+/**
+ * Prints the results of experiments as Markdown, the way they stand in benchmarks/README.md:
+ *
+ * ```sh
+ * deno run --allow-read benchmarks/tables.ts benchmarks/results/main.json
+ * ```
+ *
+ * @module
+ */
+
+/** A measured value: mean and standard deviation over seeds, a 95 % interval, and how many seeds (or items) it is from. */
+export interface ResultRow {
+  method: string;
+  split: string;
+  metric: string;
+  mean: number;
+  sd: number;
+  ci95: [number, number];
+  n: number;
+}
+
+/** A paired comparison of two methods. */
+export interface Comparison {
+  a: string;
+  b: string;
+  metric: string;
+  split: string;
+  difference: number;
+  ci95: [number, number];
+  p: number;
+  test: string;
+}
+
+/** What of `benchmarks/results/NAME.json` is printed. */
+export interface Results {
+  name: string;
+  command: string;
+  commit: string;
+  seeds: number[];
+  rows: ResultRow[];
+  comparisons: Comparison[];
+}
+
+/** .875; with a sign where it is a difference. */
+function number(value: number | null, signed = false): string {
+  if (value === null || !Number.isFinite(value)) return "–";
+  const text = (Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(3)).replace(/^(-?)0\./, "$1.");
+  return signed && value > 0 ? `+${text}` : text;
+}
+
+const line = (cells: readonly string[]) => `| ${cells.join(" | ")} |`;
+const table = (head: readonly string[], body: readonly (readonly string[])[]) =>
+  [line(head), line(head.map(() => "---")), ...body.map(line)].join("\n");
+
+/** One table a split: a row a method, a column a metric. */
+function splitTable(results: Results, split: string): string {
+  const rows = results.rows.filter((row) => row.split === split);
+  const metrics = [...new Set(rows.map((row) => row.metric))], methods = [...new Set(rows.map((row) => row.method))];
+  const body = methods.map((method) => [
+    method,
+    ...metrics.map((metric) => {
+      const row = rows.find((r) => r.method === method && r.metric === metric);
+      if (!row) return "";
+      const spread = row.n > 1 ? ` ± ${number(row.sd)}` : "";
+      return `${number(row.mean)}${spread} [${number(row.ci95[0])}, ${number(row.ci95[1])}]`;
+    }),
+  ]);
+  return table([`${split}`, ...metrics], body);
+}
+
+function comparisonTable({ comparisons }: Results): string {
+  const body = comparisons.map(({ a, b, metric, split, difference, ci95, p, test }) => [
+    `${a} − ${b}`,
+    split,
+    metric,
+    `${number(difference, true)} [${number(ci95[0], true)}, ${number(ci95[1], true)}]`,
+    p < 1e-4 ? p.toExponential(0) : p.toPrecision(2),
+    test,
+  ]);
+  return table(["", "split", "metric", "difference [95 %]", "p", "test"], body);
+}
+
+/** The tables of one experiment. */
+export function markdown(results: Results): string {
+  const splits = [...new Set(results.rows.map((row) => row.split))];
+  return [
+    `### ${results.name}`,
+    `\`${results.command}\`, seeds ${results.seeds.join(", ")}, commit ${results.commit.slice(0, 7)}`,
+    ...splits.map((split) => splitTable(results, split)),
+    ...(results.comparisons.length > 0 ? [comparisonTable(results)] : []),
+  ].join("\n\n");
+}
+
+if (import.meta.main) {
+  for (const path of Deno.args) console.log(markdown(JSON.parse(await Deno.readTextFile(path))) + "\n");
+}

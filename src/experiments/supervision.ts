@@ -1,0 +1,35 @@
+/**
+ * How far does the binary reward get? MGPO against supervised training that is given what MGPO has to find out: the true boxes,
+ * and the right answers after them. Once with as many sequences, once with as many seconds.
+ *
+ * @module
+ */
+import type { Experiment, Method } from "./experiment.ts";
+import { base, main, mgpo, sft, source, splits } from "./main.ts";
+
+/** Two turns, the true box in the first. */
+const demonstrated = { ...sft.train, turns: 2 } as const;
+
+const methods: readonly Method[] = [
+  { ...base, own: "two_turn" },
+  mgpo,
+  { name: "sft-boxes", own: "two_turn", train: demonstrated },
+  { name: "sft-boxes@seconds", own: "two_turn", train: { ...demonstrated, steps: 50 } },
+];
+const metrics = ["accuracy", "valid_ratio", "hit_ratio", "plate_ratio"];
+
+/** See the module's text. */
+export const supervision: Experiment = {
+  name: "supervision",
+  about: "the binary reward against true boxes, at as many sequences and at as many seconds",
+  source,
+  seeds: 3,
+  methods,
+  splits,
+  protocols: main.protocols,
+  comparisons: [
+    { a: "mgpo", b: "sft-boxes", metrics },
+    { a: "mgpo", b: "sft-boxes@seconds", metrics },
+    { a: "sft-boxes", b: "base", metrics },
+  ],
+};
