@@ -31,15 +31,17 @@ import { prefill } from "./prefill.ts";
 import { bandwidthRoof, dispatchCost, matmulRoof, matmulRoofWasm } from "./roof.ts";
 import { roofShare } from "./roof_share.ts";
 import { type ShapeName, shapeNames } from "./shapes.ts";
+import { sharedPrefix } from "./shared_prefix.ts";
 import { slopes } from "./slopes.ts";
 import { step } from "./step.ts";
+import { threads } from "./threads.ts";
 import { update } from "./update.ts";
 
 /** The quick ones first, so that a run that is cut short has most of the rows. */
 function benchmarks(shapes?: readonly ShapeName[]): readonly Benchmark[] {
   return [
     ...[dispatchCost, bandwidthRoof, matmulRoof, matmulRoofWasm],
-    ...[decode, update, prefill, phases, roofShare(shapes), ...slopes, step],
+    ...[decode, update, threads, sharedPrefix, prefill, phases, roofShare(shapes), ...slopes, step],
   ];
 }
 

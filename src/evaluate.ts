@@ -11,7 +11,7 @@ import type { Policy } from "./policy/policy.ts";
 import { RandomStream } from "./random.ts";
 import { boxedAnswer, isCorrect } from "./reward.ts";
 import { boxAround, cropBox, mayGround, rollout, rolloutDefaults } from "./rollout.ts";
-import type { PromptTemplate, RolloutOptions, Trajectory } from "./rollout.ts";
+import type { PromptTemplate, RolloutBatch, RolloutOptions, Trajectory } from "./rollout.ts";
 import { InputError } from "./run/errors.ts";
 import { resolveOptions } from "./run/options.ts";
 import { evaluationPositions, readSamples, yieldToEvents } from "./samples.ts";
@@ -23,6 +23,8 @@ export interface EvaluateParts {
   template?: Partial<PromptTemplate>;
   /** Called after each batch with the items done and the right answers among them. */
   onProgress?: (done: number, items: number, correct: number) => void;
+  /** Called after each batch with its items and their conversations; a trajectory's `prompt` is its item, `from` the first one's. */
+  onBatch?: (batch: RolloutBatch, samples: readonly Sample[], from: number) => void;
 }
 
 /** A share of a number of trials. */
@@ -137,7 +139,7 @@ export async function evaluate(
   dataset: Dataset,
   options: EvaluateOptions & EvaluateParts = {},
 ): Promise<Evaluation> {
-  const { template, onProgress, ...given } = options;
+  const { template, onProgress, onBatch, ...given } = options;
   const resolved = withHints(resolveOptions(evaluateTable, given), dataset.hints);
   const { items, batchSize, boxes, blank, ...settings } = resolved;
   const { turns, temperature, seed } = settings;
@@ -160,6 +162,7 @@ export async function evaluate(
       clipped += trajectory.turns.filter((turn) => turn.finish === "length").length;
     }
     skipped.push(...batch.skipped.map(({ sampleId, error }) => ({ sampleId, error })));
+    onBatch?.(batch, samples, from);
     policy.releaseFeatures?.();
     onProgress?.(
       Math.min(from + batchSize, positions.length),

@@ -397,12 +397,97 @@ export function sumSquares(x: tf.Tensor, fused = hasFused("MgpoSumSquares")): tf
   return tf.tidy(() => tf.sum(tf.sum(tf.square(x), -1)));
 }
 
+/** Parameters that take their steps together, with their moments one after the other, each from its offset. */
+interface Arena {
+  readonly params: ReadonlyMap<string, tf.Variable>;
+  readonly offsets: readonly number[];
+  /** `[total]`; a parameter that stands alone has moments of its own shape. */
+  readonly m: tf.Variable;
+  /** As `m`. */
+  readonly v: tf.Variable;
+}
+
+/** Offsets in an arena are multiples of this: what a workgroup of the fused kernel does belongs to one parameter. */
+const ARENA_STEP = 256;
+/** A parameter of more numbers stands alone: its own dispatch costs less than copying it into an arena and back. */
+const ARENA_MEMBER = 1 << 18;
+/** The most numbers of an arena (16 MiB): less than any device can bind. */
+const ARENA_SIZE = 1 << 22;
+
+/** Cuts parameters into arenas, or, where no kernel steps several at once, into arenas of one each. */
+function arenasOf(params: ReadonlyMap<string, tf.Variable>): Arena[] {
+  const together = hasFused("MgpoAdamWAll") && hasFused("MgpoFlatten"), members: Map<string, tf.Variable>[] = [];
+  let open = new Map<string, tf.Variable>(), room = 0;
+  for (const [name, param] of params) {
+    const size = arenaSize(param.size);
+    if (!together || size > ARENA_MEMBER) {
+      members.push(new Map([[name, param]]));
+      continue;
+    }
+    if (size > room) {
+      members.push(open = new Map());
+      room = ARENA_SIZE;
+    }
+    open.set(name, param);
+    room -= size;
+  }
+  return members.map(arenaOf);
+}
+const arenaSize = (size: number): number => Math.ceil(size / ARENA_STEP) * ARENA_STEP;
+
+/** An arena with moments of zeros. */
+function arenaOf(params: ReadonlyMap<string, tf.Variable>): Arena {
+  const offsets = [0];
+  for (const { size } of params.values()) offsets.push(offsets.at(-1)! + arenaSize(size));
+  const total = offsets.pop()!, [first] = params.values();
+  const zeros = () => tf.tidy(() => tf.variable(tf.zeros(params.size === 1 ? first.shape : [total]), false));
+  return { params, offsets, m: zeros(), v: zeros() };
+}
+
+/** Moves an arena of several into arenas of one each, for when its kernel is switched off. */
+function separated({ params, offsets, m, v }: Arena): Arena[] {
+  const arenas = Array.from(params, ([name, param], i) => {
+    const cut = (x: tf.Variable) =>
+      tf.tidy(() => tf.variable(tf.reshape(tf.slice(x, offsets[i], param.size), param.shape), false));
+    return { params: new Map([[name, param]]), offsets: [0], m: cut(m), v: cut(v) };
+  });
+  tf.dispose([m, v]);
+  return arenas;
+}
+
+/** An arena's share of a step: its parameters that have a gradient, and the gradients as its kernel takes them. */
+interface ArenaGradients {
+  readonly arena: Arena;
+  readonly names: readonly string[];
+  readonly offsets: readonly number[];
+  /** The gradient of the only parameter, else `[total]`, which is then owned. */
+  readonly grad: tf.Tensor;
+}
+
+function arenaGradients(arena: Arena, grads: ReadonlyMap<string, tf.Tensor>): ArenaGradients | undefined {
+  const { params, m } = arena, all = [...params.keys()], names = all.filter((name) => grads.has(name));
+  if (names.length === 0) return undefined;
+  const offsets = arena.offsets.filter((_, i) => grads.has(all[i]));
+  if (params.size === 1) return { arena, names, offsets, grad: grads.get(names[0])! };
+  const given = Object.fromEntries(names.map((name, i) => [`x${i}`, grads.get(name)!]));
+  return { arena, names, offsets, grad: run("MgpoFlatten", given, { offsets, size: m.size }) as tf.Tensor };
+}
+
+/** One step of an arena; `lrs` has a learning rate for each name. */
+function stepArena({ arena, names, offsets, grad }: ArenaGradients, step: Omit<AdamWStep, "lr">, lrs: number[]): void {
+  const { params, m, v } = arena, used = names.map((name) => params.get(name)!);
+  if (params.size === 1) return applyAdamW({ param: used[0], m, v }, grad, { ...step, lr: lrs[0] });
+  const given = Object.fromEntries(used.map((param, i) => [`param${i}`, param]));
+  tf.dispose(run("MgpoAdamWAll", { ...given, m, v, grad }, { ...step, lr: lrs, offsets: [...offsets] }));
+}
+
 /**
  * AdamW with decoupled weight decay and clipping by global norm, as `torch.optim.AdamW` after `clip_grad_norm_` (which divides
- * by norm + 1e-6). One step count serves all parameters; one without gradient in a step is left as it is.
+ * by norm + 1e-6). One step count serves all parameters; one without gradient in a step is left as it is. Where the backend has a
+ * kernel for it, small parameters step together.
  */
 export class AdamW {
-  readonly #slots = new Map<string, AdamWSlot>();
+  #arenas: Arena[];
   readonly #options: Required<AdamWOptions>;
   /** Steps made. */
   steps = 0;
@@ -417,17 +502,14 @@ export class AdamW {
    */
   constructor(params: ReadonlyMap<string, Variable>, options: AdamWOptions = {}) {
     this.#options = settled(adamWDefaults, options);
-    for (const [name, param] of params) {
-      if (this.#options.freeze(name)) continue;
-      const zeros = () => tf.tidy(() => tf.variable(tf.zeros(param.shape), false));
-      this.#slots.set(name, { param, m: zeros(), v: zeros() });
-    }
-    if (this.#slots.size === 0) throw new RangeError("nothing to train: every parameter is frozen");
+    const trained = new Map([...params].filter(([name]) => !this.#options.freeze(name)));
+    if (trained.size === 0) throw new RangeError("nothing to train: every parameter is frozen");
+    this.#arenas = arenasOf(trained);
   }
 
   /** The parameters that are trained, by name. */
   get trained(): ReadonlyMap<string, Variable> {
-    return new Map(Array.from(this.#slots, ([name, { param }]) => [name, param]));
+    return new Map(this.#arenas.flatMap(({ params }) => [...params]));
   }
 
   /**
@@ -438,10 +520,24 @@ export class AdamW {
    * @returns The global norm before clipping, and whether the step was skipped because that is not finite.
    */
   async step(grads: ReadonlyMap<string, Tensor>, lr: number): Promise<{ gradNorm: number; skipped: boolean }> {
-    const used = [...this.#slots.keys()].filter((name) => grads.has(name));
-    if (used.length === 0) throw new RangeError("no gradient for any trained parameter");
+    if (!hasFused("MgpoAdamWAll") && this.#arenas.some(({ params }) => params.size > 1)) {
+      this.#arenas = this.#arenas.flatMap((arena) => arena.params.size > 1 ? separated(arena) : arena);
+    }
+    const parts = this.#arenas.flatMap((arena) => arenaGradients(arena, grads) ?? []);
+    if (parts.length === 0) throw new RangeError("no gradient for any trained parameter");
+    try {
+      return await this.#step(parts, lr);
+    } finally {
+      for (const { arena, grad } of parts) if (arena.params.size > 1) grad.dispose();
+    }
+  }
+
+  async #step(parts: readonly ArenaGradients[], lr: number): Promise<{ gradNorm: number; skipped: boolean }> {
     // Not addN: its WebGPU program binds all inputs at once, more than a shader stage may have.
-    const squares = tf.tidy(() => tf.sum(tf.concat1d(used.map((name) => sumSquares(grads.get(name)!).reshape([1])))));
+    const squares = tf.tidy(() => {
+      const each = parts.map(({ grad }) => sumSquares(grad));
+      return each.length === 1 ? each[0] : tf.sum(tf.concat1d(each.map((x) => tf.reshape(x, [1]))));
+    });
     const gradNorm = Math.sqrt((await squares.data())[0]);
     squares.dispose();
     if (!Number.isFinite(gradNorm)) {
@@ -453,18 +549,19 @@ export class AdamW {
     const correction1 = 1 - beta1 ** this.steps, correction2 = 1 - beta2 ** this.steps;
     const clipScale = Math.min(1, maxGradNorm / (gradNorm + 1e-6));
     const common = { beta1, beta2, eps, weightDecay, correction1, correction2, clipScale };
-    for (const name of used) {
-      applyAdamW(this.#slots.get(name)!, grads.get(name)!, { lr: lr * learningRateScale(name), ...common });
-    }
+    for (const part of parts) stepArena(part, common, part.names.map((name) => lr * learningRateScale(name)));
     return { gradNorm, skipped: false };
   }
 
   /** Copies of `m.<name>`, `v.<name>` and `step` (steps made, steps skipped). */
   async state(): Promise<Map<string, Float32Array>> {
     const state = new Map([["step", Float32Array.of(this.steps, this.skipped)]]);
-    for (const [name, { m, v }] of this.#slots) {
-      state.set(`m.${name}`, Float32Array.from(await m.data()));
-      state.set(`v.${name}`, Float32Array.from(await v.data()));
+    for (const { params, offsets, m, v } of this.#arenas) {
+      const [first, second] = await Promise.all([m.data<"float32">(), v.data<"float32">()]);
+      for (const [i, [name, { size }]] of [...params].entries()) {
+        state.set(`m.${name}`, first.slice(offsets[i], offsets[i] + size));
+        state.set(`v.${name}`, second.slice(offsets[i], offsets[i] + size));
+      }
     }
     return state;
   }
@@ -476,7 +573,7 @@ export class AdamW {
    */
   load(state: ReadonlyMap<string, Float32Array>): void {
     const expected = new Map<string, number>([["step", 2]]);
-    for (const [name, { m }] of this.#slots) expected.set(`m.${name}`, m.size).set(`v.${name}`, m.size);
+    for (const [name, { size }] of this.trained) expected.set(`m.${name}`, size).set(`v.${name}`, size);
     for (const name of new Set([...expected.keys(), ...state.keys()])) {
       const [want, found] = [expected.get(name) ?? 0, state.get(name)?.length ?? 0];
       if (want === found) continue;
@@ -485,16 +582,19 @@ export class AdamW {
       );
     }
     [this.steps, this.skipped] = state.get("step")!;
-    for (const [name, { m, v }] of this.#slots) {
-      tf.tidy(() => m.assign(tf.tensor(state.get(`m.${name}`)!.slice(), m.shape)));
-      tf.tidy(() => v.assign(tf.tensor(state.get(`v.${name}`)!.slice(), v.shape)));
+    for (const { params, offsets, m, v } of this.#arenas) {
+      for (const [kind, moment] of [["m", m], ["v", v]] as const) {
+        const values = new Float32Array(moment.size);
+        [...params.keys()].forEach((name, i) => values.set(state.get(`${kind}.${name}`)!, offsets[i]));
+        tf.tidy(() => moment.assign(tf.tensor(values, moment.shape)));
+      }
     }
   }
 
   /** Releases the moments. */
   dispose(): void {
-    for (const { m, v } of this.#slots.values()) tf.dispose([m, v]);
-    this.#slots.clear();
+    for (const { m, v } of this.#arenas) tf.dispose([m, v]);
+    this.#arenas = [];
   }
 }
 

@@ -15,7 +15,9 @@
  */
 import type { Dataset, Sample } from "./data/dataset.ts";
 import { tf } from "./deps.ts";
-import { evaluate, type Evaluation, evaluationMetrics } from "./evaluate.ts";
+import { evaluate, type EvaluateParts, type Evaluation, evaluationMetrics } from "./evaluate.ts";
+import { checkDevice, machineError } from "./gpu/device_errors.ts";
+import { memoryUse, restartMemoryPeak } from "./gpu/memory.ts";
 import { groupAdvantages, Trainer, type TrainerOptions, type TrainerState } from "./mgpo.ts";
 import type { Policy, Sequence } from "./policy/policy.ts";
 import { binaryReward, combineRewards, type RewardPart, type RewardValue } from "./reward.ts";
@@ -50,6 +52,8 @@ export interface TrainParts {
   onRollouts?: (rollouts: StepRollouts) => void | Promise<void>;
   /** Called after an evaluation within a step. */
   onEvaluation?: (step: number, evaluation: Evaluation) => void | Promise<void>;
+  /** Called for each batch of items that an evaluation asks, as `onBatch` of `evaluate`. */
+  onEvaluationBatch?: EvaluateParts["onBatch"];
 }
 
 /** Where a step is. */
@@ -148,6 +152,7 @@ export async function* train(
 
 const partNames: (keyof TrainParts)[] = [
   ...["heldOut", "rewards", "reference", "template", "state", "onProgress", "onRollouts", "onEvaluation"] as const,
+  "onEvaluationBatch",
 ];
 
 /** A run step by step, for those who write checkpoints; {@linkcode train} is the loop around it. */
@@ -215,11 +220,27 @@ export class Training {
       items: rest.evalItems,
       batchSize: rest.evalBatch,
       onProgress: (done, items) => this.#report("eval", `${done}/${items} items`),
+      onBatch: this.#parts.onEvaluationBatch,
     });
   }
 
-  /** Does one step. If it throws, the weights may have changed; go on from an earlier state. */
+  /**
+   * Does one step. If it throws, the weights may have changed; go on from an earlier state.
+   *
+   * @throws {InputError} if the machine gives up: the device was lost or reported an error, or memory is full. Never a record then.
+   */
   async next(): Promise<StepRecord> {
+    restartMemoryPeak();
+    try {
+      const record = await this.#next();
+      await checkDevice();
+      return record;
+    } catch (error) {
+      throw await machineError(error);
+    }
+  }
+
+  async #next(): Promise<StepRecord> {
     const { method, seed, prompts, evalEvery } = this.settings;
     const step = ++this.#step, started = performance.now();
     const samples = await readSamples(this.#dataset, stepPositions(this.#dataset.size, seed, step, prompts));
@@ -250,6 +271,7 @@ export class Training {
         ...evaluated,
         "memory/numTensors": numTensors,
         "memory/numBytes": numBytes,
+        ...memoryMetrics(),
         "timing_s/total": (performance.now() - started) / 1000,
       }),
     };
@@ -389,6 +411,14 @@ function partMeans(rewards: readonly RewardValue[]): Record<string, number> {
   if (names.length < 2) return {};
   const mean = (name: string) => rewards.reduce((sum, { parts }) => sum + parts[name], 0) / rewards.length;
   return Object.fromEntries(names.map((name) => [`reward/${name}`, mean(name)]));
+}
+
+/** What the machine's memory held at most during the step, and what is kept free for later tensors. */
+function memoryMetrics(): Record<string, number> {
+  const use = memoryUse();
+  if (!use) return {};
+  const { peakBytes, poolBytes = NaN } = use;
+  return { "memory/peak_bytes": peakBytes, "memory/pool_bytes": poolBytes };
 }
 
 /** Without what wasn't measured; JSON has no word for it. */

@@ -104,6 +104,22 @@ export interface CountingMetrics {
   rmse: number;
 }
 
+/** The number that an answer is; undefined for anything else. */
+function countOf(answer: string | undefined): number | undefined {
+  return /^\s*\d{1,9}(?:\.0*)?\s*$/.test(answer ?? "") ? Number(answer) : undefined;
+}
+
+/**
+ * How far an answer is from the right number: positive if too many. An answer that is no number counts as 0.
+ *
+ * @throws {RangeError} If the expected answer is not a number.
+ */
+export function countingError({ answer, expected }: { answer?: string; expected: string }): number {
+  const right = Number(expected);
+  if (expected.trim() === "" || !Number.isFinite(right)) throw new RangeError(`"${expected}" is not a count`);
+  return (countOf(answer) ?? 0) - right;
+}
+
 /**
  * Exact match, MAE and RMSE over evaluated items.
  *
@@ -113,19 +129,14 @@ export interface CountingMetrics {
 export function countingMetrics(items: readonly { answer?: string; expected: string }[]): CountingMetrics {
   if (items.length === 0) throw new RangeError("counting metrics of no items");
   const mean = (values: readonly number[]) => values.reduce((a, b) => a + b, 0) / values.length;
-  const said = items.map(({ answer }) => /^\s*\d{1,9}(?:\.0*)?\s*$/.test(answer ?? "") ? Number(answer) : undefined);
-  const errors = items.map(({ expected }, i) => {
-    const right = Number(expected);
-    if (expected.trim() === "" || !Number.isFinite(right)) throw new RangeError(`"${expected}" is not a count`);
-    return (said[i] ?? 0) - right;
-  });
+  const errors = items.map(countingError);
   return {
     exact: mean(
       items.map(({ answer, expected }) =>
         Number(answer !== undefined && isCorrect({ answer: expected }, `\\boxed{${answer}}`))
       ),
     ),
-    answered: mean(said.map((count) => Number(count !== undefined))),
+    answered: mean(items.map(({ answer }) => Number(countOf(answer) !== undefined))),
     mae: mean(errors.map(Math.abs)),
     rmse: Math.sqrt(mean(errors.map((error) => error * error))),
   };

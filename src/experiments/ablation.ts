@@ -5,10 +5,10 @@
  */
 import type { TrainOptions } from "../settings.ts";
 import type { Experiment, Method } from "./experiment.ts";
-import { base, mgpo, protocols, source, splits } from "./main.ts";
+import { base, mgpo, quickProtocols, source, splits } from "./main.ts";
 
 /** Without the fixed template: the model may ground or answer at once. */
-const free = { turns: 2, items: 1000, temperature: 1, form: "free" } as const;
+const free = { turns: 2, items: 500, temperature: 1, form: "free" } as const;
 
 function without(name: string, change: Partial<TrainOptions>): Method {
   return { name, own: change.form === "free" ? "free" : "two_turn", train: { ...mgpo.train, ...change } };
@@ -31,7 +31,7 @@ export const ablation: Experiment = {
   seeds: 3,
   methods: [{ ...base, own: "two_turn" }, mgpo, ...variants],
   splits,
-  protocols: { ...protocols, free },
+  protocols: { two_turn: quickProtocols.two_turn, free },
   comparisons: [
     ...variants.map(({ name }) => ({ a: "mgpo", b: name, metrics: ["accuracy", "accuracy/two_turn", "valid_ratio"] })),
     ...[mgpo, ...variants].map(({ name }) => ({ a: name, b: "base" })),

@@ -5,6 +5,7 @@
  */
 import { InputError } from "../run/errors.ts";
 import { ablation } from "./ablation.ts";
+import { counting } from "./counting.ts";
 import type { Experiment } from "./experiment.ts";
 import { hitRatio } from "./hit_ratio.ts";
 import { main } from "./main.ts";
@@ -20,6 +21,7 @@ export const experiments: readonly Experiment[] = [
   rewardHacking,
   ablation,
   turns,
+  counting,
   supervision,
   maxPixels,
 ];

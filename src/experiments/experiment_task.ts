@@ -7,7 +7,7 @@ import { type BackendChoice, chooseBackend, describeBackend } from "../gpu/backe
 import { useKernels } from "../policy/ops.ts";
 import { describeEnvironment } from "../run/environment.ts";
 import { InputError } from "../run/errors.ts";
-import { flagOf, helpText, optionTable, type OptionValues, parseCommandLine, resolveOptions } from "../run/options.ts";
+import { helpText, optionTable, type OptionValues, parseCommandLine, resolveOptions } from "../run/options.ts";
 import { formatDuration, formatTable, Progress } from "../run/progress.ts";
 import { writeAtomically } from "../run/run_folder.ts";
 import { INTERRUPTED, Interrupted, listenForInterrupt } from "../run/tasks.ts";
@@ -15,6 +15,7 @@ import { sourceTable } from "../run/train_task.ts";
 import { experiments, experimentsNamed } from "./catalogue.ts";
 import type { Experiment } from "./experiment.ts";
 import { commandLine, Planner, type Unit, type Workplace } from "./plan.ts";
+import { waitForLock } from "./lock.ts";
 import { assembleResult } from "./result.ts";
 import { resultText } from "./result_text.ts";
 import { type RunnerParts, runUnits, WorkClock } from "./runner.ts";
@@ -128,7 +129,16 @@ interface Doing extends RunnerParts {
 async function doExperiment(experiment: Experiment, doing: Doing): Promise<void> {
   const { task, place, progress } = doing;
   const planner = new Planner(experiment, place), seeds = seedsOf(experiment, task);
+  // Two processes may do parts of the same experiment.
   const save = async () => {
+    const lock = await waitForLock(`${place.runs}/locks/results-${experiment.name}`);
+    try {
+      return await writeResult();
+    } finally {
+      lock.release();
+    }
+  };
+  const writeResult = async () => {
     const result = await assembleResult(experiment, planner, {
       seeds,
       command: repeatCommand(experiment, task),
@@ -139,7 +149,7 @@ async function doExperiment(experiment: Experiment, doing: Doing): Promise<void>
     return result;
   };
   progress.log(`experiment ${experiment.name}: ${experiment.about}`);
-  const units = await chosenUnits(experiment, planner, seeds, task.only);
+  const units = await chosenUnits(planner, seeds, task.only);
   try {
     await runUnits(units, { ...doing, onUnit: async () => void await save() });
   } finally {
@@ -153,13 +163,11 @@ function seedsOf(experiment: Experiment, { seeds = experiment.seeds }: TaskOptio
 
 /** The units that `--only` leaves, with the stages that they start from. */
 async function chosenUnits(
-  experiment: Experiment,
   planner: Planner,
   seeds: readonly number[],
   only: string | undefined,
 ): Promise<Unit[]> {
-  const names = only?.split(",");
-  return await planner.units(seeds, names);
+  return await planner.units(seeds, only?.split(","));
 }
 
 /** The command that makes the same file again, wherever its runs lie. */
@@ -178,7 +186,7 @@ async function listOf(chosen: readonly Experiment[], task: TaskOptions, place: W
   const rows = [["experiment", "seeds", "trainings", "evaluations", "cached", "time left"]];
   for (const experiment of chosen) {
     const seeds = seedsOf(experiment, task);
-    const units = await chosenUnits(experiment, new Planner(experiment, place), seeds, task.only);
+    const units = await chosenUnits(new Planner(experiment, place), seeds, task.only);
     const clock = await WorkClock.of(units), [done, all] = clock.pieces;
     const trainings = units.filter(({ run }) => run).length;
     const evaluations = units.reduce((sum, unit) => sum + unit.evaluations.length, 0);

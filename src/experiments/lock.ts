@@ -11,6 +11,15 @@ export interface Lock {
   release(): void;
 }
 
+/** Takes a lock as soon as nobody has it; for what is done in a moment. */
+export async function waitForLock(path: string): Promise<Lock> {
+  for (;;) {
+    const lock = await tryLock(path);
+    if ("release" in lock) return lock;
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}
+
 /**
  * Takes a lock if nobody has it.
  *

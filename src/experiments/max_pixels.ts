@@ -5,7 +5,7 @@
  * @module
  */
 import type { ComparisonSpec, Experiment, Method } from "./experiment.ts";
-import { base, grpo, mgpo, protocols, sft, source, splits } from "./main.ts";
+import { base, grpo, mgpo, quickProtocols, sft, source, splits } from "./main.ts";
 
 const sides = [84, 112, 140] as const;
 /** The base's own side; there the runs are those of `main`. */
@@ -24,7 +24,7 @@ export const maxPixels: Experiment = {
   seeds: 3,
   methods: sides.flatMap((side) => [base, sft, grpo, mgpo].map((method) => at(side, method))),
   splits,
-  protocols,
+  protocols: quickProtocols,
   comparisons: sides.flatMap((side): ComparisonSpec[] => [
     { a: `mgpo@${side}px`, b: `grpo@${side}px` },
     { a: `mgpo@${side}px`, b: `sft@${side}px` },

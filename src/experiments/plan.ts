@@ -32,6 +32,8 @@ export interface Workplace {
 
 /** A training run. */
 export interface RunPlan {
+  /** The method of the experiment. */
+  readonly method: string;
   /** Of its draws. */
   readonly seed: number;
   /** Names it by content. */
@@ -102,7 +104,7 @@ export class Planner {
     const units = new Map<string, Unit>();
     for (const seed of seeds) {
       for (const method of this.#experiment.methods) {
-        if (only && !only.includes(method.name)) continue;
+        if (method.isStage || only && !only.includes(method.name)) continue;
         for (const unit of await this.unitsOf(method, seed)) {
           const before = units.get(unit.name);
           units.set(unit.name, before ? joined(before, unit) : unit);
@@ -160,7 +162,7 @@ export class Planner {
       kernels: this.#place.kernels,
     });
     args.push("--final-items", "0", "--checkpoint-every", "10", "--run", path);
-    return { seed, hash, path, settings, source, after, args };
+    return { method: method.name, seed, hash, path, settings, source, after, args };
   }
 
   async #evaluations(

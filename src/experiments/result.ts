@@ -76,7 +76,7 @@ export interface ResultRun {
   settings: Record<string, unknown>;
   /** Its folder: the curves are its `metrics.jsonl`. */
   path: string;
-  /** Sampling and updates, without evaluations. */
+  /** What it took without its evaluations. */
   seconds: number;
   hash: string;
   /** Makes it again. */
@@ -97,7 +97,7 @@ export interface ExperimentResult {
   rows: ResultRow[];
   comparisons: ResultComparison[];
   runs: ResultRun[];
-  /** What a training took, over seeds: sampling and updates. Comparable only where the runs shared a machine in peace. */
+  /** What a training took without its evaluations, over seeds. Comparable only where the runs shared a machine in peace. */
   seconds: { method: string; mean: number; sd: number; n: number }[];
   /** The files behind the rows. */
   evaluations: { method: string; seed?: number; split: string; protocol: string; path: string; seconds: number }[];
@@ -126,11 +126,12 @@ export async function assembleResult(
   const tables: Tables = new Map(), missing: string[] = [];
   const runs: ResultRun[] = [], evaluations: ExperimentResult["evaluations"] = [];
   for (const seed of given.seeds) {
-    for (const method of experiment.methods) {
-      const unit = (await planner.unitsOf(method, seed)).at(-1)!;
-      if (unit.run) {
-        if (await isTrained(unit.run)) runs.push(await runOf(method, unit.run));
-        else missing.push(`${method.name}, seed ${seed}: training`);
+    for (const method of experiment.methods.filter(({ isStage }) => !isStage)) {
+      const units = await planner.unitsOf(method, seed), unit = units.at(-1)!;
+      for (const { run } of units) {
+        if (!run || runs.some((other) => other.path === run.path && other.method === run.method)) continue;
+        if (await isTrained(run)) runs.push(await runOf(run));
+        else missing.push(`${run.method}, seed ${run.seed}: training`);
       }
       for (const plan of unit.evaluations) {
         const file = await readEvaluation(plan);
@@ -265,10 +266,10 @@ function compare(a: Values, b: Values, { finish = same, isBinary }: ItemMetric) 
   };
 }
 
-async function runOf({ name }: Method, run: RunPlan): Promise<ResultRun> {
-  const { seed, path, hash, args } = run, settings = await settingsOf(run) ?? {};
+async function runOf(run: RunPlan): Promise<ResultRun> {
+  const { method, seed, path, hash, args } = run, settings = await settingsOf(run) ?? {};
   const command = `deno task train ${args.join(" ")}`;
-  return { method: name, seed, settings, path, seconds: await secondsOf(path), hash, command };
+  return { method, seed, settings, path, seconds: await secondsOf(path), hash, command };
 }
 
 function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): ExperimentResult["seconds"] {
@@ -278,9 +279,9 @@ function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): E
   });
 }
 
-/** Seconds of sampling and updating, from a run's own record. */
+/** Seconds of a run but for its evaluations, from its own record. */
 async function secondsOf(path: string): Promise<number> {
   const lines = (await Deno.readTextFile(`${path}/metrics.jsonl`)).trimEnd().split("\n");
   const records = lines.map((line) => JSON.parse(line) as StepRecord);
-  return records.reduce((sum, r) => sum + (r["timing_s/rollout"] ?? 0) + (r["timing_s/update"] ?? 0), 0);
+  return records.reduce((sum, r) => sum + (r["timing_s/total"] ?? 0) - (r["timing_s/eval"] ?? 0), 0);
 }

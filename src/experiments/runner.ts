@@ -199,7 +199,7 @@ class TrainingProgress extends Progress {
   }
 
   override log(line: string): void {
-    if (/^(error|warning|skipped|stopp)/.test(line)) this.#outer.log(`${this.#label}: ${line}`);
+    if (/^(error|warning|skipped)/.test(line)) this.#outer.log(`${this.#label}: ${line}`);
   }
 
   override status(line: string): void {

@@ -5,9 +5,9 @@
  * @module
  */
 import type { Experiment, Method } from "./experiment.ts";
-import { base, grpo, main, mgpo, source, splits } from "./main.ts";
+import { base, grpo, mgpo, quickProtocols, source, splits } from "./main.ts";
 
-const { one_turn, two_turn } = main.protocols;
+const { one_turn, two_turn } = quickProtocols;
 
 /** Training with one turn is GRPO's, with two MGPO's, of `main`. */
 const methods: readonly Method[] = [

@@ -32,14 +32,15 @@ function currentDevice(): GPUDevice | undefined {
 /**
  * Keeps what the current backend's device reports; without WebGPU does nothing.
  *
- * @param report Called with each report, also those after the first.
+ * @param report Called with the first report; the others are its consequences.
  */
 export function watchDevice(report: (message: string) => void): void {
   const device = currentDevice();
   if (!device || watched.has(device)) return;
   watched.add(device);
   const failed = (message: string) => {
-    if (!failures.has(device)) failures.set(device, message);
+    if (failures.has(device)) return;
+    failures.set(device, message);
     // Whoever has moved on to another device isn't concerned.
     if (currentDevice() === device) report(message);
   };

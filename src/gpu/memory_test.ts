@@ -48,7 +48,10 @@ gpuTest("changing lengths: buffers that are kept stay within the bound, and woul
     Infinity,
     (use) => changingLengths(120, () => held.push(use.bytes)),
   );
-  assert.ok(held[119] > 1.9 * held[59] && held[59] > 1.9 * held[29], "the pool of TensorFlow.js grows with each length");
+  assert.ok(
+    held[119] > 1.9 * held[59] && held[59] > 1.9 * held[29],
+    "the pool of TensorFlow.js grows with each length",
+  );
 
   await onNewDevice(2 * MIB, async (use, device) => {
     let most = 0, inUse = 0;

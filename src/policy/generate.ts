@@ -1,6 +1,6 @@
 /**
- * Generation of one batch: prefill of what no cache has, then tokens one a step, by the recorded plans of a WebGPU device or by the
- * host's loop.
+ * Generation of one batch: prefill of what no cache has, then tokens one a step, by the recorded plans of a WebGPU device or by
+ * the host's loop.
  *
  * @module
  */

@@ -32,7 +32,7 @@ export function hasFused(name: string): boolean {
   return kernels === "fused" && tf.getKernel(name, tf.getBackend()) !== undefined;
 }
 
-type Attrs = Record<string, number | boolean>;
+type Attrs = Record<string, number | boolean | number[]>;
 
 /** Runs a registered kernel. */
 export function run(name: string, inputs: Record<string, tf.Tensor>, attrs: Attrs = {}): tf.Tensor | tf.Tensor[] {

@@ -1,9 +1,9 @@
 /**
- * How sequences become packed tokens, `[N, …]` without padding: one after the other, as branches of their common beginnings, or
- * as continuations of what a prefix cache holds. Integers only; no tensors.
+ * How sequences become packed tokens, `[N, …]` without padding: one after the other, as branches of their common beginnings,
+ * or as continuations of what a prefix cache holds. Integers only; no tensors.
  *
- * Sharing beginnings is exact (arXiv 2506.05433): under causal attention a token's hidden state depends on what stands before it
- * only, so rollouts of one prompt have equal states over the prompt, and the gradients of all of them add up there.
+ * Sharing beginnings is exact (arXiv 2506.05433): under causal attention a token's hidden state depends on what stands before
+ * it only, so rollouts of one prompt have equal states over the prompt, and the gradients of all of them add up there.
  *
  * @module
  */

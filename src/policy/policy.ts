@@ -61,7 +61,12 @@ export interface GenerateOptions {
    * completions. Its results are the same but for rounding. The policy must not change between the calls.
    */
   cache?: PrefixCache;
-  /** Whether the cache takes in what this call computes, instead of what it held; false saves the last of several calls from it. @default {true} */
+  /**
+   * Whether the cache takes in what this call computes, in place of what it held. False spares the last of several calls the
+   * work.
+   *
+   * @default {true}
+   */
   keepCache?: boolean;
 }
 
@@ -91,7 +96,7 @@ export interface LogProbOptions {
   suppressTokens?: readonly number[];
   /**
    * Whether neighbouring sequences that begin with the same tokens and images go through the decoder once as far as they agree.
-   * Results and gradients are the same but for rounding. @default {true}
+   * Results and gradients are the same but for rounding. @default {whether fused kernels are in use}
    */
   sharePrefix?: boolean;
   /**

@@ -37,7 +37,7 @@ export interface Found {
 
 const rowsOf = ({ k: [parts] }: Bank): number => parts.reduce((sum, { shape: [rows] }) => sum + rows, 0);
 
-/** Describes a row of a bank: what its sequence was, and what was sampled but for the last token, which nothing has attended from. */
+/** Describes a row of a bank: its sequence and what was sampled, but for the last token, which has no key yet. */
 export function keptRow({ ids, images }: Sequence, sampled: readonly number[], tokens: Int32Array): KeptRow {
   return { ids: [...ids, ...sampled.slice(0, -1)], images: images.map(({ key }) => key), tokens };
 }
@@ -66,7 +66,7 @@ export class KeptPrefixes implements PrefixCache {
   /**
    * The kept beginning of a sequence, if there is one.
    *
-   * @param place Where the sequence stands in its call: the row that stood there before is tried first, then the longest is taken.
+   * @param place Where the sequence stands in its call: the row that stood there before is tried first, then the longest.
    */
   find(sequence: Sequence, place: number): Found | undefined {
     let longest: { bank: Bank; row: KeptRow } | undefined, at = place;

@@ -10,7 +10,7 @@ import { FeatureCache } from "./feature_cache.ts";
 import { type BatchOptions, checkSampling, generateBatch, readback } from "./generate.ts";
 import type { ImageProcessor } from "./image_processor.ts";
 import { tokenLogProbs } from "./log_probs.ts";
-import { currentKernels, segmentsOf } from "./ops.ts";
+import { currentKernels, hasFused, segmentsOf } from "./ops.ts";
 import { imageTokens, type Packed, packSequences } from "./packing.ts";
 import type { Picture } from "./picture.ts";
 import type {
@@ -278,7 +278,9 @@ export class QwenPolicy implements Policy {
     masks: readonly (readonly number[])[],
     options: LogProbOptions = {},
   ): TokenLogProbs {
-    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens, sharePrefix = true } = options;
+    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens } = options;
+    // The plain sum over a group is a product with a matrix as large as all keys times all tokens.
+    const { sharePrefix = hasFused("MgpoScatterAddRows") } = options;
     const { gradientCheckpointing = false } = options, suppress = this.#suppressTensor(suppressTokens);
     const how = { temperature, trainVision, suppress, sharePrefix, gradientCheckpointing };
     const out = tokenLogProbs(this, sequences, masks, how);

@@ -4,6 +4,7 @@
  * @module
  */
 import { evaluate } from "../evaluate.ts";
+import { checkDevice, machineError } from "../gpu/device_errors.ts";
 import { loadPolicy } from "../policy/load.ts";
 import { evaluateTable, splitByTable } from "../settings.ts";
 import { InputError } from "./errors.ts";
@@ -40,7 +41,10 @@ export async function runEvaluation(args: readonly string[], progress = new Prog
     template,
     onProgress: (done, items, correct) =>
       progress.status(`${formatBar(done, items)} ${done}/${items}  accuracy ${formatRatio(correct / done)}`),
+  }).catch(async (error) => {
+    throw await machineError(error);
   });
+  await checkDevice();
   const seconds = (performance.now() - started) / 1000;
   progress.clear();
   progress.log(evaluationTable(evaluation));

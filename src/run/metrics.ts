@@ -19,6 +19,8 @@ import { InputError } from "./errors.ts";
  * - `num_tokens`: tokens of all steps so far. `tokens_per_s`: of this step.
  * - `timing_s/rollout`, `timing_s/update`, `timing_s/eval`, `timing_s/total`: seconds.
  * - `memory/numTensors`, `memory/numBytes`: tensors alive after the step; equal step to step.
+ * - `memory/peak_bytes`: the most that the step took of the device's memory, all buffers counted; on wasm the linear memory's size.
+ *   `memory/pool_bytes`: of that, free and kept for later tensors when the step ended (WebGPU).
  * - `eval/*`: on evaluation steps, over the held-out samples.
  */
 export interface StepRecord {
@@ -28,9 +30,13 @@ export interface StepRecord {
   [name: string]: number;
 }
 
-/** Whether a metric depends on the clock: the only ones in which a resumed run may differ from an uninterrupted one. */
+/**
+ * Whether a metric depends on the clock, or on what the process did before: the only ones in which a resumed run may differ from an
+ * uninterrupted one.
+ */
 export function isTiming(name: string): boolean {
-  return name.startsWith("timing_s/") || name === "tokens_per_s";
+  return name.startsWith("timing_s/") || name === "tokens_per_s" || name === "memory/peak_bytes" ||
+    name === "memory/pool_bytes";
 }
 
 /** A record as a line of `metrics.jsonl`. Numbers that JSON has no word for become null. */

@@ -5,7 +5,7 @@
  * run.json                 every setting, the data's fingerprint, versions, the machine
  * metrics.jsonl            a line a step
  * evaluations/step-N.json  held-out evaluations, step 0 being the base
- * rollouts/step-N.jsonl    a few trajectories of an evaluation step; rollouts/pictures/ what they saw
+ * rollouts/                conversations of evaluation steps with what they saw: see rollout_files.ts
  * checkpoints/step-N/      the policy as a Hugging Face folder, and the optimizer's state
  * result.json              base against trained, once the run is complete
  * ```
@@ -129,6 +129,11 @@ export class RunFolder {
     await writeAtomically(`${this.path}/${name}`, content);
   }
 
+  /** Writes a file whose name says what is in it, unless it is there: such files are never half written, and never change. */
+  async writeNewFile(name: string, make: () => Promise<Uint8Array>): Promise<void> {
+    if (!await isThere(`${this.path}/${name}`)) await this.writeFile(name, await make());
+  }
+
   /** Reads a JSON file of the folder; undefined if it isn't there. */
   async readJson(name: string): Promise<unknown> {
     const text = await readIfThere(`${this.path}/${name}`);
@@ -230,6 +235,16 @@ async function readIfThere(path: string): Promise<string | undefined> {
     return await Deno.readTextFile(path);
   } catch (error) {
     if (error instanceof Deno.errors.NotFound) return undefined;
+    throw error;
+  }
+}
+
+async function isThere(path: string): Promise<boolean> {
+  try {
+    await Deno.lstat(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
     throw error;
   }
 }

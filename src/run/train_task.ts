@@ -10,6 +10,7 @@ import { loadPolicy } from "../policy/load.ts";
 import { useKernels } from "../policy/ops.ts";
 import {
   binaryReward,
+  combineRewards,
   formatReward,
   hitReward,
   iouReward,
@@ -25,6 +26,7 @@ import { describeEnvironment } from "./environment.ts";
 import { InputError } from "./errors.ts";
 import { helpText, optionTable, type OptionValues, parseCommandLine, resolveOptions } from "./options.ts";
 import type { Progress } from "./progress.ts";
+import { WatchedItems } from "./rollout_files.ts";
 import { defaultRunPath, newestCheckpoint, refuseTaken, RunFolder } from "./run_folder.ts";
 
 /** Options that say what policy sees what data on what machine; shared by tasks. */
@@ -104,7 +106,25 @@ export const trainTaskTable = optionTable({
     kind: "integer",
     min: 0,
     default: 2,
-    help: "Trajectories written with their pictures at each evaluation step.",
+    help: "Training samples of each evaluation step whose rollouts are all written, with their pictures.",
+  },
+  watch: {
+    kind: "integer",
+    min: 0,
+    default: 8,
+    help: "Held-out items whose conversations are written at each evaluation, the same ones each time.",
+  },
+  report: {
+    kind: "boolean",
+    default: false,
+    help: "Keep report.html in the run folder up to date and serve it on this machine, read only.",
+  },
+  reportPort: {
+    kind: "integer",
+    min: 0,
+    max: 65535,
+    default: 0,
+    help: "Port of that page on 127.0.0.1; 0 takes a free one.",
   },
   help: { kind: "boolean", default: false, help: "Print this." },
 });
@@ -198,7 +218,8 @@ export async function openBackend(
   progress: Progress,
 ): Promise<BackendChoice> {
   useKernels(kernels);
-  const choice = await chooseBackend(backend, { threads, onLost: (message) => progress.log(`error: ${message}`) });
+  // Nothing to say at once: whoever is about to write results asks `checkDevice`, and fails with what it says.
+  const choice = await chooseBackend(backend, { threads, onLost: () => {} });
   progress.log(describeBackend(choice));
   if (choice.notice) progress.log(`note: ${choice.notice}`);
   return choice;
@@ -229,6 +250,10 @@ export interface OpenRun {
   reference?: SavablePolicy;
   heldOut?: Dataset;
   template?: Partial<PromptTemplate>;
+  /** The rewards of the command line. */
+  score: ReturnType<typeof combineRewards>;
+  /** Held-out conversations to be kept. */
+  watched: WatchedItems;
   training: Training;
   folder: RunFolder;
 }
@@ -243,7 +268,8 @@ export async function openRun(
   progress: Progress,
   parts: Pick<TrainParts, "onProgress" | "onRollouts" | "onEvaluation">,
 ): Promise<OpenRun> {
-  const rewards = parseReward(task.reward), template = await readTemplate(task.template);
+  const rewards = parseReward(task.reward), score = combineRewards(rewards);
+  const template = await readTemplate(task.template);
   const { evalEvery, method, seed } = resolveOptions(trainTable, { ...train });
   const path = task.run ?? await defaultRunPath(`runs/${method}-${nameOf(task.data)}-s${seed}`, task.resume);
   // Said before minutes of loading; RunFolder.create checks again.
@@ -257,9 +283,12 @@ export async function openRun(
   const { minPixels, maxPixels } = task;
   const policy = await loadPolicy(begun > 0 ? checkpoint : task.policy, { minPixels, maxPixels });
   const reference = (train.beta ?? 0) > 0 ? await loadPolicy(task.policy, { minPixels, maxPixels }) : undefined;
-  const training = new Training(policy, dataset, train, { heldOut, rewards, reference, template, ...parts });
-  // A run may go on with another number of threads.
-  const { run: _run, resume: _resume, help: _help, threads: _threads, ...asked } = task;
+  const watched = new WatchedItems(task.watch, score);
+  const given = { heldOut, rewards, reference, template, onEvaluationBatch: watched.add, ...parts };
+  const training = new Training(policy, dataset, train, given);
+  // A run may go on with another number of threads, and be watched in another way.
+  const { run: _run, resume: _resume, help: _help, threads: _threads, ...rest } = task;
+  const { watch: _watch, report: _report, reportPort: _port, ...asked } = rest;
   const manifest = {
     settings: {
       ...{ ...asked, template, backend: backend.backend, ...training.settings },
@@ -275,7 +304,7 @@ export async function openRun(
       ? `run ${path}: going on after step ${begun} of ${training.settings.steps}`
       : `run ${path}: ${method} on ${dataset.name} from ${task.policy}, ${training.settings.steps} steps`,
   );
-  return { task, policy, reference, heldOut, template, training, folder };
+  return { task, policy, reference, heldOut, template, score, watched, training, folder };
 }
 
 /** A dataset's name as part of a folder's. */

@@ -4,6 +4,7 @@
  * @module
  */
 import { evaluate, type Evaluation } from "../evaluate.ts";
+import { checkDevice, MachineError, machineError } from "../gpu/device_errors.ts";
 import { loadPolicy } from "../policy/load.ts";
 import type { Policy } from "../policy/policy.ts";
 import type { StepProgress, StepRollouts } from "../train.ts";
@@ -50,7 +51,7 @@ export async function runTraining(args: readonly string[], progress = new Progre
     await compare(run, shown);
     return 0;
   } catch (error) {
-    if (!(error instanceof Interrupted)) throw error;
+    if (!(error instanceof Interrupted)) throw await withAdvice(error, run, args);
     progress.clear();
     progress.log(`stopped after step ${run.training.step}; go on with: ${resumeCommand(args, run.folder.path)}`);
     return INTERRUPTED;
@@ -66,6 +67,17 @@ function resumeCommand(args: readonly string[], path: string): string {
   const words = args.filter((word) => word !== "--resume");
   const isNamed = words.some((word) => word === "--run" || word.startsWith("--run="));
   return ["deno task train", ...words, ...(isNamed ? [] : ["--run", path]), "--resume"].join(" ");
+}
+
+/** Where the machine gave up: what is left of the run, and how to go on. */
+async function withAdvice(error: unknown, { folder }: OpenRun, args: readonly string[]): Promise<unknown> {
+  const failure = await machineError(error);
+  if (!(failure instanceof MachineError)) return failure;
+  const newest = (await folder.checkpoints()).at(-1);
+  const left = newest === undefined ? "there is no checkpoint yet" : `the checkpoint of step ${newest} is intact`;
+  const message = `${failure.message}; nothing computed after that was written, ${left}; go on with: ` +
+    resumeCommand(args, folder.path);
+  return new MachineError(message, { cause: failure });
 }
 
 function closeRun({ training, policy, reference }: OpenRun): void {
@@ -93,23 +105,35 @@ function policyAfter({ task }: OpenRun, step: number): string {
 }
 
 async function keepEvaluation(run: OpenRun, step: number, evaluation: Evaluation, shown: RunDisplay): Promise<void> {
+  await checkDevice();
   const summary = { ...summaryOf(evaluation), policy: policyAfter(run, step) };
   shown.log(evaluationLine(step === 0 ? "base" : `held-out after step ${step}`, summary));
   await run.folder.writeFile(`evaluations/step-${step}.json`, JSON.stringify({ step, ...summary }, null, 2) + "\n");
+  const rollouts = run.watched.take();
+  if (rollouts.length > 0) await saveRollouts(run.folder, run.policy, { step, split: "heldout", rollouts });
 }
 
 async function keepRollouts(run: OpenRun, rollouts: StepRollouts, shown: RunDisplay): Promise<void> {
-  const { training: { settings }, task: { saveRollouts: count }, folder } = run;
-  for (const { sampleId, error } of rollouts.skipped) shown.skipped(sampleId, error);
-  const isKept = settings.evalEvery > 0 && rollouts.step % settings.evalEvery === 0;
-  if (isKept && count > 0 && rollouts.trajectories.length > 0) await saveRollouts(folder, rollouts, count);
+  const { training: { settings }, task: { saveRollouts: count }, folder, policy } = run;
+  const { step, samples, trajectories, rewards, skipped } = rollouts;
+  for (const { sampleId, error } of skipped) shown.skipped(sampleId, error);
+  await checkDevice();
+  if (settings.evalEvery === 0 || step % settings.evalEvery !== 0) return;
+  const kept = trajectories.flatMap((trajectory, i) =>
+    trajectory.prompt < count ? [{ sample: samples[trajectory.prompt], trajectory, reward: rewards[i] }] : []
+  );
+  if (kept.length > 0) await saveRollouts(folder, policy, { step, split: "train", rollouts: kept });
 }
 
 async function checkpointIfDue({ training, policy, folder, task }: OpenRun, isStopping: boolean): Promise<void> {
   const { step, settings } = training;
   if (step % task.checkpointEvery !== 0 && step !== settings.steps && !isStopping) return;
   const state = await training.state();
-  await folder.writeCheckpoint(step, (to) => saveTraining(to, policy, state));
+  await folder.writeCheckpoint(step, async (to) => {
+    await saveTraining(to, policy, state);
+    // What was read back of a device that is gone must not take the place of a whole checkpoint.
+    await checkDevice();
+  });
 }
 
 /** Base against trained on the same held-out items and draws, with grounding and in one turn. */
@@ -131,6 +155,7 @@ async function compare(run: OpenRun, shown: RunDisplay): Promise<void> {
     } finally {
       if (base !== reference) base.dispose();
     }
+    await checkDevice();
     await folder.writeFile("result.json", JSON.stringify({ steps, ...result }, null, 2) + "\n");
   }
   shown.clear();

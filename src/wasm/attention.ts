@@ -18,11 +18,13 @@
 import { tf } from "../deps.ts";
 import { type Callable, F32, type FunctionBuilder, type I32, invoke, load, V128 } from "./asm.ts";
 import {
+  attentionPairs,
+  attentionParts,
   attentionShape,
   BK,
   BQ,
+  eachSegment,
   emitPackScaled,
-  forSegments,
   LOWEST,
   paddedBytes,
   paddedWidth,
@@ -145,21 +147,26 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof i32x12, undef
   );
 }
 
-/** `attention(tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, work)`: one segment. */
-function emit(m: ModuleBuilder, parts: Parts): void {
+const segmentParameters = [...i32x8, "f32", ...i32x8] as const;
+
+/**
+ * `attention_segment(tokens, keyTokens, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, keys, values, work)`: key heads
+ * `first` to `last` (exclusive) of one segment.
+ */
+function emitSegment(m: ModuleBuilder, parts: Parts): Callable<typeof segmentParameters, undefined> {
   const packScaled = emitPackScaled(m, parts);
   const head = emitHead(m, parts);
-  const parameters = ["i32", "i32", "i32", "i32", "i32", "i32", "f32", ...i32x8] as const;
-  m.function(
-    "attention",
-    parameters,
-    (f, tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, keys, values, base) => {
+  return m.function(
+    "attention_segment",
+    segmentParameters,
+    (f, tokens, keyTokens, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, keys, values, base) => {
       const keyStride = f.i32(keyHeads.mul(d).shl(2));
       const group = f.i32(heads.divU(keyHeads));
       const dBytes = paddedBytes(f, d);
-      const at = f.i32(0);
+      const at = f.i32(first.mul(group).mul(d).shl(2));
+      lse.set(lse.add(first.mul(group).shl(2)));
       f.zero(base, f.i32(4 * BK));
-      f.for(0, keyHeads, 1, (keyHead) => {
+      f.for(first, last, 1, (keyHead) => {
         const from = f.i32(keyHead.mul(d).shl(2));
         f.call(packScaled, keyTokens, d, scale, k.add(from), keyStride, keys);
         f.for(0, keyTokens, BK, (j) => {
@@ -175,26 +182,54 @@ function emit(m: ModuleBuilder, parts: Parts): void {
         });
       });
     },
+  );
+}
+
+/**
+ * `attention(segments, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, starts, keyStarts, keys, values, work)`: key
+ * heads `first` to `last` of segments that begin at the rows in `starts` and `keyStarts`.
+ */
+function emit(m: ModuleBuilder, parts: Parts): void {
+  const segment = emitSegment(m, parts);
+  m.function(
+    "attention",
+    ["i32", "i32", "i32", "i32", "i32", "i32", "i32", "f32", ...i32x8, "i32", "i32"] as const,
+    (f, segments, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, starts, keyStarts, ...scratch) => {
+      eachSegment(f, segments, starts, keyStarts, (tokens, keyTokens, queryAt, keyAt) => {
+        const rows = f.i32(queryAt.mul(heads));
+        const [wide, narrow] = [f.i32(rows.mul(d)), f.i32(keyAt.mul(keyHeads).mul(d))];
+        const [qAt, kAt, vAt, outAt] = [q.add(wide), k.add(narrow), v.add(narrow), out.add(wide)];
+        f.if(tokens, () =>
+          f.call(
+            segment,
+            ...[tokens, keyTokens, heads, keyHeads, first, last, d, causal, scale] as const,
+            ...[qAt, kAt, vAt, outAt, lse.add(rows), ...scratch] as const,
+          ));
+      });
+    },
     { exported: true },
   );
 }
+
+/** Rough nanoseconds of a pair of query and key in one head. */
+const cost = (d: number): number => 1 + d / 6;
 
 function attend(call: KernelCall): tf.TensorInfo[] {
   const shape = attentionShape(call);
   const { tokens, heads, keyHeads, d } = shape;
   const [q, k, v] = ["q", "k", "v"].map((name) => call.input(name));
-  const [causal, scale] = [Number(call.flag("causal")), call.number("scale")];
+  const [causal, scale] = [call.flag("causal"), call.number("scale")];
   const out = call.output([tokens, heads, d]);
   const lse = call.output([tokens, heads]);
   const dBytes = 4 * paddedWidth(d);
   const keyBytes = 4 * d * Math.ceil(shape.longest / NR) * NR;
-  const keys = call.scratch(keyBytes + shape.longest * dBytes + work.rest + BQ * dBytes);
-  const values = keys + keyBytes;
-  const base = values + shape.longest * dBytes;
-  forSegments(call, shape, (count, keyCount, at, keysAt) => {
-    if (count === 0) return;
-    const addresses = [at(q), keysAt(k), keysAt(v), at(out), at(lse)];
-    call.functions.attention(count, keyCount, heads, keyHeads, d, causal, scale, ...addresses, keys, values, base);
-  });
+  const costs = attentionPairs(shape, causal).map((pairs) => pairs * cost(d));
+  const addresses = [q, k, v, out, lse].map((tensor) => call.address(tensor));
+  const calls = attentionParts(call, shape, costs).map(({ from, to, first, last }) => [
+    ...[to - from, heads, keyHeads, first, last, d, Number(causal), scale, ...addresses],
+    ...[shape.startsAt + 4 * from, shape.keyStartsAt + 4 * from],
+  ]);
+  const scratch = [keyBytes, shape.longest * dBytes, work.rest + BQ * dBytes];
+  call.run("attention", calls, costs.reduce((sum, cost) => sum + cost, 0), scratch);
   return [out, lse];
 }

@@ -16,11 +16,13 @@
 import { tf } from "../deps.ts";
 import { type Callable, type FunctionBuilder, type I32, load, type Local, madd, V128 } from "./asm.ts";
 import {
+  attentionPairs,
+  attentionParts,
   attentionShape,
   BK,
   BQ,
+  eachSegment,
   emitPackScaled,
-  forSegments,
   paddedBytes,
   paddedWidth,
   padScores,
@@ -144,46 +146,26 @@ function emitHead(m: ModuleBuilder, parts: Parts): Callable<typeof headParameter
   );
 }
 
-const parameters = [...i32x6, "f32", ...i32x6, ...i32x6] as const;
+const segmentParameters = [...i32x6, "i32", "i32", "f32", ...i32x6, ...i32x6] as const;
 
 /**
- * `attention_grad(tokens, keyTokens, heads, keyHeads, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys, values, work)`:
- * one segment, perhaps without queries; dq starts as zeros.
+ * `attention_grad_segment(tokens, keyTokens, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, keys,
+ * values, work)`: key heads `first` to `last` (exclusive) of one segment, perhaps without queries; dq starts as zeros.
  */
-function emit(m: ModuleBuilder, parts: Parts): void {
+function emitSegment(m: ModuleBuilder, parts: Parts): Callable<typeof segmentParameters, undefined> {
   const packScaled = emitPackScaled(m, parts);
   const head = emitHead(m, parts);
-  m.function(
-    "attention_grad",
-    parameters,
-    (
-      f,
-      tokens,
-      keyTokens,
-      heads,
-      keyHeads,
-      d,
-      causal,
-      scale,
-      q,
-      k,
-      v,
-      out,
-      lse,
-      dout,
-      dq,
-      dk,
-      dv,
-      keys,
-      values,
-      base,
-    ) => {
+  return m.function(
+    "attention_grad_segment",
+    segmentParameters,
+    (f, tokens, keyTokens, heads, keyHeads, firstHead, lastHead, d, causal, scale, ...addresses) => {
+      const [q, k, v, out, lse, dout, dq, dk, dv, keys, values, base] = addresses;
       const keyStride = f.i32(keyHeads.mul(d).shl(2));
       const group = f.i32(heads.divU(keyHeads));
       const dBytes = paddedBytes(f, d);
       const rest = restAddresses(f, base, dBytes);
       f.zero(base, f.i32(4 * BK));
-      f.for(0, keyHeads, 1, (keyHead) => {
+      f.for(firstHead, lastHead, 1, (keyHead) => {
         const from = f.i32(keyHead.mul(d).shl(2));
         f.call(packScaled, keyTokens, d, scale, k.add(from), keyStride, keys);
         f.call(parts.packColumns, keyTokens, d, v.add(from), keyStride, values);
@@ -209,9 +191,37 @@ function emit(m: ModuleBuilder, parts: Parts): void {
         });
       });
     },
+  );
+}
+
+/**
+ * `attention_grad(segments, heads, keyHeads, first, last, d, causal, scale, q, k, v, out, lse, dout, dq, dk, dv, starts, keyStarts, keys,
+ * values, work)`: key heads `first` to `last` of segments that begin at the rows in `starts` and `keyStarts`.
+ */
+function emit(m: ModuleBuilder, parts: Parts): void {
+  const segment = emitSegment(m, parts);
+  m.function(
+    "attention_grad",
+    [...i32x6, "i32", "f32", ...i32x6, ...i32x6, "i32", "i32"] as const,
+    (f, segments, heads, keyHeads, first, last, d, causal, scale, ...addresses) => {
+      const [q, k, v, out, lse, dout, dq, dk, dv, starts, keyStarts, keys, values, base] = addresses;
+      eachSegment(f, segments, starts, keyStarts, (tokens, keyTokens, queryAt, keyAt) => {
+        const rows = f.i32(queryAt.mul(heads));
+        const [wide, narrow] = [f.i32(rows.mul(d)), f.i32(keyAt.mul(keyHeads).mul(d))];
+        f.call(
+          segment,
+          ...[tokens, keyTokens, heads, keyHeads, first, last, d, causal, scale] as const,
+          ...[q.add(wide), k.add(narrow), v.add(narrow), out.add(wide), lse.add(rows), dout.add(wide)] as const,
+          ...[dq.add(wide), dk.add(narrow), dv.add(narrow), keys, values, base] as const,
+        );
+      });
+    },
     { exported: true },
   );
 }
+
+/** Rough nanoseconds of a pair of query and key in one head. */
+const cost = (d: number): number => 1.5 + d * 5 / 12;
 
 /** The first d of each padded row of sums to its place between the other heads. */
 function copyHead(
@@ -236,16 +246,18 @@ function differentiate(call: KernelCall): tf.TensorInfo[] {
     call.input("lse", [tokens, heads]),
     call.input("dout", [tokens, heads, d]),
   ];
-  const [causal, scale] = [Number(call.flag("causal")), call.number("scale")];
+  const [causal, scale] = [call.flag("causal"), call.number("scale")];
   const dq = call.output([tokens, heads, d]);
   const [dk, dv] = [0, 1].map(() => call.output([keyTokens, keyHeads, d]));
   const packedBytes = 4 * d * Math.ceil(shape.longest / NR) * NR;
-  const keys = call.scratch(2 * packedBytes + work.rest + restBytes(d));
-  const scratch = [keys, keys + packedBytes, keys + 2 * packedBytes];
+  const costs = attentionPairs(shape, causal).map((pairs) => pairs * cost(d));
+  const addresses = [q, k, v, ...byQuery, dq, dk, dv].map((tensor) => call.address(tensor));
+  const calls = attentionParts(call, shape, costs).map(({ from, to, first, last }) => [
+    ...[to - from, heads, keyHeads, first, last, d, Number(causal), scale, ...addresses],
+    ...[shape.startsAt + 4 * from, shape.keyStartsAt + 4 * from],
+  ]);
   call.functions.zero(call.address(dq), 4 * tokens * heads * d);
-  forSegments(call, shape, (count, keyCount, at, keysAt) => {
-    const addresses = [at(q), keysAt(k), keysAt(v), ...byQuery.map(at), at(dq), keysAt(dk), keysAt(dv)];
-    call.functions.attention_grad(count, keyCount, heads, keyHeads, d, causal, scale, ...addresses, ...scratch);
-  });
+  const scratch = [packedBytes, packedBytes, work.rest + restBytes(d)];
+  call.run("attention_grad", calls, costs.reduce((sum, cost) => sum + cost, 0), scratch);
   return [dq, dk, dv];
 }

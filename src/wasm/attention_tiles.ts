@@ -3,7 +3,6 @@
  *
  * @module
  */
-import { tf } from "../deps.ts";
 import { type Callable, type FunctionBuilder, type I32, load, type Local } from "./asm.ts";
 import type { ModuleBuilder } from "./module.ts";
 import type { Parts } from "./parts.ts";
@@ -88,6 +87,9 @@ export interface AttentionShape {
   readonly starts: Int32Array;
   /** And keys keyStarts[s] to keyStarts[s + 1]. */
   readonly keyStarts: Int32Array;
+  /** Byte offsets of both lists. */
+  readonly startsAt: number;
+  readonly keyStartsAt: number;
   /** Most keys of a segment. */
   readonly longest: number;
 }
@@ -103,7 +105,9 @@ export function attentionShape(call: KernelCall): AttentionShape {
   const keyStarts = cuKeys === undefined ? starts : readStarts(call, "cuSeqlensK", keyTokens);
   if (keyStarts !== starts) checkLengths(call, starts, keyStarts, call.flag("causal"));
   const longest = keyStarts.reduce((most, start, s) => s === 0 ? 0 : Math.max(most, start - keyStarts[s - 1]), 0);
-  return { tokens, keyTokens, heads, keyHeads, d, starts, keyStarts, longest };
+  const startsAt = call.address(call.input("cuSeqlens", [null], "int32")),
+    keyStartsAt = cuKeys ? call.address(cuKeys) : startsAt;
+  return { tokens, keyTokens, heads, keyHeads, d, starts, keyStarts, startsAt, keyStartsAt, longest };
 }
 
 function readStarts(call: KernelCall, name: string, tokens: number): Int32Array {
@@ -129,25 +133,73 @@ function checkLengths(call: KernelCall, starts: Int32Array, keyStarts: Int32Arra
   }
 }
 
+/** A part of the work: segments `from` to `to` (exclusive) and, of each, key heads `first` to `last`. */
+export interface AttentionPart {
+  readonly from: number;
+  readonly to: number;
+  readonly first: number;
+  readonly last: number;
+}
+
 /**
- * Calls `run` for each segment that has keys with its numbers of queries and keys and the byte offsets of its part of tensors:
- * of one by queries and of one by keys.
+ * Cuts the work for the threads into parts of about the same size: groups of whole segments, and long segments by their key heads. Each
+ * output belongs to one segment and one key head.
+ *
+ * @param costs Rough nanoseconds of each segment.
  */
-export function forSegments(
+export function attentionParts(
   call: KernelCall,
-  { starts, keyStarts }: AttentionShape,
-  run: (
-    tokens: number,
-    keyTokens: number,
-    at: (tensor: tf.TensorInfo) => number,
-    keysAt: (tensor: tf.TensorInfo) => number,
-  ) => void,
-): void {
-  for (let s = 0; s + 1 < starts.length; s++) {
-    const [tokens, keyTokens] = [starts, keyStarts].map((cu) => cu[s + 1] - cu[s]);
-    if (keyTokens === 0) continue;
-    const from = (cu: Int32Array) => (tensor: tf.TensorInfo): number =>
-      call.address(tensor) + 4 * cu[s] * tf.util.sizeFromShape(tensor.shape.slice(1));
-    run(tokens, keyTokens, from(starts), from(keyStarts));
+  { keyHeads }: AttentionShape,
+  costs: readonly number[],
+): AttentionPart[] {
+  const total = costs.reduce((sum, cost) => sum + cost, 0);
+  const count = call.ranges(costs.length * keyHeads, total).length, share = total / count;
+  if (count === 1) return [{ from: 0, to: costs.length, first: 0, last: keyHeads }];
+  const parts: AttentionPart[] = [];
+  let from = 0, sum = 0;
+  const close = (to: number): void => {
+    if (to > from) parts.push({ from, to, first: 0, last: keyHeads });
+    from = to;
+    sum = 0;
+  };
+  for (const [s, cost] of costs.entries()) {
+    const pieces = Math.min(keyHeads, Math.round(cost / share));
+    if (pieces > 1) {
+      close(s);
+      const cut = (piece: number): number => Math.floor(piece * keyHeads / pieces);
+      for (let i = 0; i < pieces; i++) parts.push({ from: s, to: s + 1, first: cut(i), last: cut(i + 1) });
+      from = s + 1;
+    } else if ((sum += cost) >= share) close(s + 1);
   }
+  close(costs.length);
+  return parts;
+}
+
+/** Pairs of query and key that meet in each segment, summed over heads. */
+export function attentionPairs({ starts, keyStarts, heads }: AttentionShape, causal: boolean): number[] {
+  return Array.from({ length: starts.length - 1 }, (_, s) => {
+    const [queries, keys] = [starts, keyStarts].map((cu) => cu[s + 1] - cu[s]);
+    return heads * queries * (causal ? keys - queries / 2 : keys);
+  });
+}
+
+/**
+ * Emits `body` for each of `segments` segments with its numbers of queries and keys, and the byte offsets of its rows by query and
+ * by key in arrays with one number a row; moves `starts` and `keyStarts` on.
+ */
+export function eachSegment(
+  f: FunctionBuilder,
+  segments: I32,
+  starts: Local<"i32">,
+  keyStarts: Local<"i32">,
+  body: (tokens: Local<"i32">, keyTokens: Local<"i32">, queryAt: Local<"i32">, keyAt: Local<"i32">) => void,
+): void {
+  f.for(0, segments, 1, () => {
+    const [first, firstKey] = [f.i32(load.i32(starts)), f.i32(load.i32(keyStarts))];
+    const tokens = f.i32(load.i32(starts, 4).sub(first));
+    const keyTokens = f.i32(load.i32(keyStarts, 4).sub(firstKey));
+    f.if(keyTokens, () => body(tokens, keyTokens, f.i32(first.shl(2)), f.i32(firstKey.shl(2))));
+    starts.set(starts.add(4));
+    keyStarts.set(keyStarts.add(4));
+  });
 }

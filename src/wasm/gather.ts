@@ -26,7 +26,7 @@ const parameters = ["i32", "i32", "i32", "i32", "i32", "i32"] as const;
 
 /**
  * `gather_rows(count, width, rows, index, x, y)` and `scatter_add_rows(count, width, stride, rows, index, x, y)`, which treats `width` columns
- * of rows that lie `stride` bytes apart: the result is −1, or the position of a bad index.
+ * of rows that lie `stride` bytes apart and adds to what is there: the result is −1, or the position of a bad index.
  */
 function emit(m: ModuleBuilder, parts: Parts): void {
   m.function("gather_rows", parameters, (f, count, width, rows, index, x, y) => {
@@ -47,12 +47,6 @@ function emit(m: ModuleBuilder, parts: Parts): void {
   }, { result: "i32", exported: true });
   m.function("scatter_add_rows", [...parameters, "i32"] as const, (f, count, width, stride, rows, index, x, y) => {
     const source = f.i32(x);
-    const bytes = f.i32(width.shl(2));
-    const cleared = f.i32(y);
-    f.for(0, rows, 1, () => {
-      f.zero(cleared, bytes);
-      cleared.set(cleared.add(stride));
-    });
     f.for(0, count, 1, (i) => {
       const row = f.i32(load.i32(index.add(i.shl(2))));
       f.if(row.lt(-1).or(row.ge(rows)), () => f.return(i));
@@ -94,7 +88,8 @@ function scatterAddRows(call: KernelCall): tf.TensorInfo {
   if (!Number.isInteger(rows) || rows < 0) throw call.error(`attribute rows must be an integer ≥ 0, is ${rows}`);
   const output = call.output([rows, x.shape[1]]);
   const [indexAt, xAt, outputAt] = [index, x, output].map((tensor) => call.address(tensor));
-  const [count, width] = x.shape, cost = COST * (count + rows) * width;
+  const [count, width] = x.shape, cost = COST * count * width;
+  call.functions.zero(outputAt, 4 * rows * width);
   // By columns: rows may be chosen very unequally often.
   const calls = call.ranges(width, cost, COLUMNS).map(([from, to]) => [
     ...[count, to - from, 4 * width, rows, indexAt, xAt + 4 * from, outputAt + 4 * from],

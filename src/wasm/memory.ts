@@ -42,6 +42,8 @@ function full(bytes: number, size: number): MemoryLimitError {
   const mebibytes = (n: number) => (n / 2 ** 20).toFixed(n < 2 ** 20 ? 3 : 0);
   return new MemoryLimitError(
     `WebAssembly memory is full: ${mebibytes(bytes)} MiB more were asked for, it has grown to ${mebibytes(size)} of ` +
-      `${mebibytes(MOST_WASM_BYTES)} MiB; use smaller batches (--tokens-per-pass, --group-size, --prompts) or shorter prompts`,
+      `${
+        mebibytes(MOST_WASM_BYTES)
+      } MiB; use smaller batches (--tokens-per-pass, --group-size, --prompts) or shorter prompts`,
   );
 }

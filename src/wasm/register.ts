@@ -82,7 +82,7 @@ export function wasmThreads(): ThreadTeam | undefined {
  * do not depend on the number. The threads do not keep the process alive; 1 ends them.
  *
  * @param threads 1 or more.
- * @param options.leastCost Work below which a kernel is not shared out, in nanoseconds, for tests. @default {20000}
+ * @param options.leastCost Work below which a kernel is not shared out, in nanoseconds; 0, for tests, always shares out. @default {30000}
  */
 export async function useWasmThreads(threads: number, options: { leastCost?: number } = {}): Promise<ThreadsInUse> {
   const instance = instanceFor(tf.backend());

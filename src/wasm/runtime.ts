@@ -43,10 +43,11 @@ export interface KernelFile {
   readonly kernels: readonly Kernel[];
 }
 
-/** Work below which threads are not worth waking, in nanoseconds. */
-export const LEAST_COST = 20_000;
+/** Work below which threads do not pay, in nanoseconds, and how many times as much it must be to wake them. */
+export const LEAST_COST = 30_000;
+const WAKING = 3;
 /** The least work that is handed out. */
-const LEAST_PART = 8_000;
+const LEAST_PART = 10_000;
 /** Parts per thread: more than one, so that a thread that the system holds up leaves its rest to the others. */
 const PARTS_PER_THREAD = 2;
 /** Bytes of a cache line, doubled for its prefetched neighbour: threads must not write to the same one. */
@@ -70,7 +71,7 @@ interface Room {
 export class Instance {
   readonly memory: WebAssembly.Memory;
   readonly functions: Functions;
-  /** Cost from which work is cut, in nanoseconds; tests lower it. */
+  /** Cost from which work is cut, in nanoseconds; 0, for tests, cuts always, also where it does not pay. */
   leastCost = LEAST_COST;
   /** The threads; undefined while the calling one is alone. */
   team?: ThreadTeam;
@@ -120,6 +121,13 @@ export class Instance {
     return room.address;
   }
 
+  /** The threads, if work of that cost is worth them. */
+  #teamFor(cost: number): ThreadTeam | undefined {
+    const { team, leastCost } = this;
+    if (team === undefined || leastCost === 0) return team;
+    return cost >= leastCost * (team.isAsleep ? WAKING : 1) && !team.isResting ? team : undefined;
+  }
+
   /**
    * How to cut work.
    *
@@ -129,8 +137,8 @@ export class Instance {
    * @returns Ranges from–to that cover all units; a single one where threads would not pay.
    */
   ranges(units: number, cost: number, grain = 1): [from: number, to: number][] {
-    const grains = Math.ceil(units / grain), threads = this.team?.threads ?? 1;
-    const worth = cost < this.leastCost ? 1 : Math.floor(cost / Math.min(LEAST_PART, this.leastCost || 1));
+    const grains = Math.ceil(units / grain), threads = this.#teamFor(cost)?.threads ?? 1;
+    const worth = Math.floor(cost / Math.min(LEAST_PART, this.leastCost || 1));
     const parts = threads === 1 ? 1 : Math.max(1, Math.min(grains, threads * PARTS_PER_THREAD, worth, MOST_CALLS));
     const cut = (part: number): number => Math.min(units, Math.floor(part * grains / parts) * grain);
     return Array.from({ length: parts }, (_, part) => [cut(part), cut(part + 1)]);
@@ -145,7 +153,7 @@ export class Instance {
   run(name: string, lists: readonly (readonly number[])[], cost: number, scratch: readonly number[] = []): number[] {
     let stride = 0;
     const offsets = scratch.map((bytes) => (stride += aligned(bytes)) - aligned(bytes));
-    const team = lists.length > 1 && cost >= this.leastCost ? this.team : undefined;
+    const team = lists.length > 1 ? this.#teamFor(cost) : undefined;
     // malloc aligns to 16 bytes only.
     const room = stride === 0 ? 0 : this.#grow(this.#threadScratch, LINE + stride * (team?.threads ?? 1));
     const address = aligned(room);

@@ -52,10 +52,11 @@ type Instantiate = (source: BufferSource | WebAssembly.Module, imports?: WebAsse
 const isBackend = (bytes: Uint8Array): boolean => new TextDecoder("latin1").decode(bytes).includes("register_tensor");
 
 /**
- * Runs `start`, which starts the backend, and gives it shared memory. Where the engine refuses that, the backend starts as it
- * always does.
+ * Runs `start`, which starts the backend, and gives it shared memory. Where the engine has none or refuses it, the backend starts
+ * as it always does.
  */
 export async function startShared<T>(start: () => Promise<T>): Promise<T> {
+  if (typeof SharedArrayBuffer !== "function") return await start();
   const engine = WebAssembly as { instantiate: Instantiate }, { instantiate } = engine;
   engine.instantiate = async (source, imports) => {
     if (!ArrayBuffer.isView(source) && !(source instanceof ArrayBuffer)) return await instantiate(source, imports);

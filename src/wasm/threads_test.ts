@@ -234,3 +234,96 @@ Deno.test("a binary's memory is declared shared only where it has one with a max
   assert.equal(withSharedMemory(Uint8Array.from([...header, ...type, 5, 3, 1, 0, 1])), undefined);
   assert.equal(withSharedMemory(Uint8Array.from([...header, ...type])), undefined);
 });
+
+/** Runs a program as a user would, with the permissions of the tasks and no more, and waits for its end. */
+async function program(text: string): Promise<{ success: boolean; out: string }> {
+  const folder = await Deno.makeTempDir(), src = new URL("../", import.meta.url).href;
+  try {
+    await Deno.writeTextFile(`${folder}/try.ts`, text.replaceAll("$SRC/", src));
+    const permissions = ["--allow-read", "--allow-env=XDG_RUNTIME_DIR,IMAGESCRIPT_WASM_SIMD"];
+    const child = new Deno.Command(Deno.execPath(), {
+      args: ["run", "--no-prompt", "--no-lock", "--no-config", "--no-check", ...permissions, "try.ts"],
+      ...{ cwd: folder, stdout: "piped", stderr: "piped", signal: AbortSignal.timeout(60_000) },
+    });
+    const { success, stdout, stderr } = await child.output();
+    const [out, error] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes).trim());
+    return { success, out: success ? out : out + error };
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+const multiply = `
+  import { tf } from "$SRC/deps.ts";
+  import { chooseBackend, describeBackend } from "$SRC/gpu/backend.ts";
+  import { wasmThreads } from "$SRC/wasm/register.ts";
+  const choice = await chooseBackend("wasm", { threads: 3 });
+  const run = () => tf.engine().runKernel("MgpoMatMul", { a: tf.ones([300, 300]), b: tf.ones([300, 300]) }, {}).dataSync();
+  const total = (values) => values.reduce((a, b) => a + b, 0);
+`;
+
+Deno.test("threads need no further permission and let the program end by itself, with or without an error", async () => {
+  const good = await program(
+    `${multiply} console.log(describeBackend(choice), total(run()), wasmThreads().rounds > 0);`,
+  );
+  assert.deepEqual(good, { success: true, out: "backend wasm, 3 threads: asked for 27000000 true" });
+  const bad = await program(`${multiply} run(); throw new Error("of our own");`);
+  assert.ok(!bad.success);
+  assert.match(bad.out, /of our own/);
+});
+
+Deno.test("without shared memory there is one thread and one line of notice", async () => {
+  const text = multiply.replace("const choice", "delete globalThis.SharedArrayBuffer;\n const choice");
+  const { success, out } = await program(
+    `${text} console.log(describeBackend(choice), total(run()), wasmThreads()); console.log(choice.notice);`,
+  );
+  assert.ok(success, out);
+  assert.equal(
+    out,
+    "backend wasm, 1 thread: asked for 27000000 undefined\n" +
+      "one thread: the wasm backend was started without shared memory",
+  );
+});
+
+Deno.test("where a worker is refused, one thread computes and the notice says why", async () => {
+  await ready();
+  const { start } = ThreadTeam;
+  ThreadTeam.start = () => Promise.reject(new Error("no more threads\nat the system's"));
+  try {
+    const notice = "one thread: the others could not be started (no more threads)";
+    assert.deepEqual(await useWasmThreads(2), { threads: 1, notice });
+  } finally {
+    ThreadTeam.start = start;
+  }
+  assert.equal(wasmThreads(), undefined);
+  bits(cases[0]);
+});
+
+Deno.test("a training step is the same to the last bit: one thread on plain memory, two on shared memory", async () => {
+  const step = (threads: number) =>
+    program(`
+      import { chooseBackend } from "$SRC/gpu/backend.ts";
+      import { isShared } from "$SRC/wasm/runtime.ts";
+      import { wasmThreads } from "$SRC/wasm/register.ts";
+      import { tf } from "$SRC/deps.ts";
+      import { loadPolicy } from "$SRC/policy/load.ts";
+      import { signs } from "$SRC/data/signs.ts";
+      import { Trainer } from "$SRC/mgpo.ts";
+      import { rollout } from "$SRC/rollout.ts";
+      await chooseBackend("wasm", { threads: ${threads} });
+      const policy = await loadPolicy(), world = signs(), samples = [await world.get(0), await world.get(1)];
+      const { trajectories } = await rollout(policy, samples, { ...world.hints, groupSize: 4, maxNewTokens: [14, 8] });
+      const trainer = new Trainer(policy, { learningRate: 1e-3 });
+      await trainer.update(trajectories, trajectories.map((_, i) => i % 2));
+      const texts = trajectories.map(({ turns }) => turns.map(({ text }) => text));
+      const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", await new Blob([
+        JSON.stringify(texts), ...[...policy.parameters.values()].map((weights) => weights.dataSync()),
+      ]).arrayBuffer()));
+      console.log(isShared(tf.backend().wasm.asm.memory), (wasmThreads()?.rounds ?? 0) > 0, hash.toHex());
+    `);
+  const [one, two] = [await step(1), await step(2)];
+  assert.ok(one.success && two.success, one.out + two.out);
+  assert.match(one.out, /^false false [0-9a-f]{64}$/);
+  assert.match(two.out, /^true true [0-9a-f]{64}$/);
+  assert.equal(two.out.split(" ")[2], one.out.split(" ")[2]);
+});

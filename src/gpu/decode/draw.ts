@@ -2,7 +2,8 @@
  * Draws that stand outside the head's product: over logits that exist already, the joining of a row's parts, and the look-up of
  * the next embedding.
  *
- * - {@linkcode logitsKernel}: logits `[D, V]`, of which each row takes line `lines[row]`, → `DRAW_PARTS` draws a row. Cost: rows·V reads.
+ * - {@linkcode logitsKernel}: logits `[D, V]`, of which each row takes line `lines[row]`, → `DRAW_PARTS` draws a row. Cost:
+ *   rows·V reads.
  * - {@linkcode joinKernel}: a row's draws → id and log-prob at `drawn[step, slot]`, and `x[row] = table[id]`.
  *   Log-prob = logit/temperature − ln Σ exp(logit/temperature) over ids that are not suppressed.
  *

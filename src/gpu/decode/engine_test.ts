@@ -135,11 +135,11 @@ Deno.test("rows may share a prompt, and a row's tokens do not depend on its plac
     const keys = [0, 1, 2, 3, 4].map((i) => [1, i, 0] as const), options = { maxNewTokens: 10, stopTokens: [] };
     const apart = await generateWith(engine, policy, keys.map(() => prompt), { ...options, keys });
     const { release, k, v, firstLogits, lengths, nextPosition } = prefill(policy, [prompt]);
-    const tiled = tf.tile(firstLogits, [5, 1]);
     const together = await engine.generate({
       k,
       v,
-      firstLogits: tiled,
+      firstLogits,
+      logitsRows: keys.map(() => 0),
       starts: keys.map(() => 0),
       lengths: keys.map(() => lengths[0]),
       nextPosition: keys.map(() => nextPosition[0]),
@@ -154,7 +154,6 @@ Deno.test("rows may share a prompt, and a row's tokens do not depend on its plac
     const alone = await generateWith(engine, policy, [prompt], { ...options, keys: [keys[3]] });
     assert.deepEqual(alone.ids[0], apart.ids[3]);
     release();
-    tiled.dispose();
     engine.dispose();
   });
 });
@@ -218,6 +217,8 @@ Deno.test("bad input is refused in one line", async () => {
         [{ maxNewTokens: 2 ** 24 }, /step records would take .* MiB/],
         [{ temperature: -1 }, /temperature/],
         [{ suppressed: new Uint8Array(3) }, /512 flags/],
+        [{ logitsRows: [0, 2] }, /line 2 of 2 first logits/],
+        [{ logitsRows: [0] }, /first logits of 2 rows/],
         [{ firstLogits: poisoned }, /token 0 of sequence \[0,0,0\]: the logits are not finite/],
       ] as const
     ) {

@@ -4,6 +4,7 @@
  * @module
  */
 import { tf, tfwebgpu } from "../../deps.ts";
+import { MemoryLimitError } from "../device_errors.ts";
 import { type BindingKind, type Kernel, STEP_BYTES } from "./wgsl.ts";
 
 /** The backend of TensorFlow.js, if it is WebGPU. */
@@ -46,14 +47,14 @@ export class DeviceMemory {
   /**
    * A zeroed buffer.
    *
-   * @throws {RangeError} It is larger than the adapter can make or bind.
+   * @throws {MemoryLimitError} It is larger than the adapter can make or bind.
    */
   create(label: string, bytes: number, usage: number): GPUBuffer {
     const size = Math.max(16, Math.ceil(bytes / 4) * 4),
       { maxBufferSize, maxStorageBufferBindingSize } = this.device.limits;
     const most = usage & GPUBufferUsage.STORAGE ? Math.min(maxBufferSize, maxStorageBufferBindingSize) : maxBufferSize;
     if (size > most) {
-      throw new RangeError(
+      throw new MemoryLimitError(
         `generation: the ${label} would take ${mebibytes(size)}, but the adapter allows ${
           mebibytes(most)
         } in one piece; ` +
@@ -155,7 +156,7 @@ export class Pipelines {
 /**
  * Runs `f` and turns a validation or memory error of the device into an exception.
  *
- * @throws {RangeError} The device is out of memory. @throws {Error} It refused a kernel or a binding.
+ * @throws {MemoryLimitError} The device is out of memory. @throws {Error} It refused a kernel or a binding.
  */
 export async function guarded<T>(device: GPUDevice, what: string, f: () => T): Promise<T> {
   device.pushErrorScope("out-of-memory");
@@ -169,7 +170,7 @@ export async function guarded<T>(device: GPUDevice, what: string, f: () => T): P
   const [invalid, memory] = [await device.popErrorScope(), await device.popErrorScope()];
   if (failure) throw failure;
   if (memory) {
-    throw new RangeError(`${what}: the device is out of memory; generate fewer rows at a time, or fewer tokens`);
+    throw new MemoryLimitError(`${what}: the device is out of memory; generate fewer rows at a time, or fewer tokens`);
   }
   if (invalid) throw new Error(`${what}: ${invalid.message}`);
   return result as T;

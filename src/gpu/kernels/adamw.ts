@@ -22,6 +22,20 @@ export const adamw: readonly Kernel[] = [{ name: "MgpoAdamW", run: step }];
 
 const scalars = ["decay", "clip", "beta1", "rest1", "beta2", "rest2", "rate", "denominator", "eps"];
 
+/**
+ * The step of element `i` of `param`, `m`, `v` and `grad`.
+ *
+ * @param decay WGSL of 1 − lr · weightDecay.
+ * @param rate WGSL of lr / correction1.
+ */
+export const update = (decay: string, rate: string): string =>
+  `let g = grad[i] * u.clip;
+let mean = m[i] * u.beta1 + g * u.rest1;
+let square = v[i] * u.beta2 + g * g * u.rest2;
+m[i] = mean;
+v[i] = square;
+param[i] = param[i] * ${decay} - ${rate} * (mean / (sqrt(square) * u.denominator + u.eps));`;
+
 function step(call: KernelCall): tf.TensorInfo {
   const param = call.input("param");
   const [m, v, grad] = ["m", "v", "grad"].map((name) => call.input(name, param.shape));
@@ -42,12 +56,7 @@ function step(call: KernelCall): tf.TensorInfo {
     >,
     threads: ELEMENTWISE,
     main: `${element}
-let g = grad[i] * u.clip;
-let mean = m[i] * u.beta1 + g * u.rest1;
-let square = v[i] * u.beta2 + g * g * u.rest2;
-m[i] = mean;
-v[i] = square;
-param[i] = param[i] * u.decay - u.rate * (mean / (sqrt(square) * u.denominator + u.eps));`,
+${update("u.decay", "u.rate")}`,
   });
   for (const tensor of [param, m, v]) call.overwrite(tensor);
   const moments = { beta1, rest1: 1 - beta1, beta2, rest2: 1 - beta2 };

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { tf } from "../../deps.ts";
+import { fitsDirect } from "./attention_direct.ts";
 import { call, close, gpuTest, integers, read, run, tensorsOf, values } from "./testing.ts";
 
 interface Case {
@@ -26,14 +27,14 @@ const cases: Case[] = [
   { segments: [1], keys: [77], heads: 2, keyHeads: 1, d: 8, causal: true },
   { segments: [5, 0, 31, 1, 23], keys: [29, 17, 31, 150, 24], heads: 4, keyHeads: 2, d: 24, causal: true },
   { segments: [67, 0, 3], keys: [67, 0, 131], heads: 3, keyHeads: 3, d: 13, causal: true },
-  { segments: [40, 7, 0, 1], keys: [3, 61, 11, 1], heads: 6, keyHeads: 2, d: 20, causal: false },
+  { segments: [40, 7, 0, 1], keys: [3, 61, 11, 1], heads: 6, keyHeads: 2, d: 24, causal: false },
   { segments: [0, 0, 9], keys: [5, 40, 290], heads: 2, keyHeads: 2, d: 64, causal: true },
   {
     segments: Array.from({ length: 37 }, (_, s) => s % 5),
     keys: Array.from({ length: 37 }, (_, s) => s % 5 + s * 7 % 11),
     heads: 2,
     keyHeads: 1,
-    d: 5,
+    d: 8,
     causal: true,
   },
 ];
@@ -99,9 +100,13 @@ function plain(c: Case, scale: number, given: ReturnType<typeof inputs>, dout: A
   return { out, lse, dq, dk, dv };
 }
 
-for (const c of cases) {
-  gpuTest(`attention ${label(c)}: within 3e-6 of float64, dq, dk, dv within 2e-5`, async () => {
-    const given = inputs(c, 2), attrs = { causal: c.causal, scale: 1 / Math.sqrt(c.d) };
+/** Each case by tiles and, where heads are small enough, by the program for adapters that compute on the processor. */
+const programs = cases.flatMap((c) => (fitsDirect(c.d) ? [true, false] : [false]).map((software) => ({ c, software })));
+
+for (const { c, software } of programs) {
+  const program = software ? "by rows" : "by tiles";
+  gpuTest(`attention ${program}, ${label(c)}: within 3e-6 of float64, dq, dk, dv within 2e-5`, async () => {
+    const given = inputs(c, 2), attrs = { causal: c.causal, scale: 1 / Math.sqrt(c.d), software };
     const dout = values(given.q.shape, 4), expected = plain(c, attrs.scale, given, dout.data);
     const [out, lse] = await run("MgpoAttention", given, attrs);
     close(out, expected.out, given.q.shape, 3e-6);
@@ -113,19 +118,21 @@ for (const c of cases) {
   });
 }
 
-gpuTest("attention and its gradient give the same bits again", async () => {
-  const given = inputs(cases[8]), attrs = { causal: true, scale: 0.3 }, dout = values(given.q.shape, 4);
-  const twice = [0, 1].map(() =>
-    tf.tidy(() => {
-      const tensors = tensorsOf({ ...given, dout });
-      const [out, lse] = call("MgpoAttention", tensors, attrs);
-      return [out, lse, ...call("MgpoAttentionGrad", { ...tensors, out, lse }, attrs)];
-    })
-  );
-  const [first, second] = await Promise.all(twice.map(read));
-  first.forEach(({ data }, i) => assert.deepEqual(second[i].data, data));
-  tf.dispose(twice);
-});
+for (const { c, software } of [{ c: cases[8], software: false }, { c: cases[1], software: true }]) {
+  gpuTest(`attention and its gradient give the same bits again, ${label(c)}`, async () => {
+    const given = inputs(c), attrs = { causal: true, scale: 0.3, software }, dout = values(given.q.shape, 4);
+    const twice = [0, 1].map(() =>
+      tf.tidy(() => {
+        const tensors = tensorsOf({ ...given, dout });
+        const [out, lse] = call("MgpoAttention", tensors, attrs);
+        return [out, lse, ...call("MgpoAttentionGrad", { ...tensors, out, lse }, attrs)];
+      })
+    );
+    const [first, second] = await Promise.all(twice.map(read));
+    first.forEach(({ data }, i) => assert.deepEqual(second[i].data, data));
+    tf.dispose(twice);
+  });
+}
 
 gpuTest("attention without any query: no output, and zeros for the keys' gradients", async () => {
   const given = inputs({ segments: [0, 0], keys: [3, 34], heads: 2, keyHeads: 1, d: 8, causal: true });

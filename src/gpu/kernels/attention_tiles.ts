@@ -165,17 +165,17 @@ function columnsOf({ causal, columns }: Walk): Record<"first" | "end", (row: str
 const rowsOf = ({ columns }: Walk): { starts: string; total: string } =>
   columns === "keys" ? { starts: "0u", total: "u.tokens" } : { starts: "u.keyStarts", total: "u.keyTokens" };
 
-/** Sets `since` and `until` with a suffix: the columns of the four rows from `mine` on, none for rows beyond the last. */
-export function rowRanges(walk: Walk, mine: string, suffix = ""): string {
+/** Sets `since` and `until`: the columns of the four rows from `mine` on, none for rows beyond the last. */
+export function rowRanges(walk: Walk, mine: string): string {
   const { first, end } = columnsOf(walk), { starts, total } = rowsOf(walk);
-  return `var since${suffix} = vec4<u32>();
-var until${suffix} = vec4<u32>();
+  return `var since = vec4<u32>();
+var until = vec4<u32>();
 for (var c = 0u; c < 4u; c++) {
   let row = ${mine} + c;
   if (row < ${total}) {
     let segment = segmentOf(${starts}, row);
-    since${suffix}[c] = ${first("row", "segment")};
-    until${suffix}[c] = ${end("row", "segment")};
+    since[c] = ${first("row", "segment")};
+    until[c] = ${end("row", "segment")};
   }
 }`;
 }

@@ -9,11 +9,14 @@
  * host: one read and one write per element. Otherwise a bad index gives a row of NaN (gather) or is skipped (scatter), and
  * each row of y looks through the whole index: N·M integers are read.
  *
+ * Tables larger than a binding are taken in windows of rows: a dispatch of the gather writes the rows of y whose row of x it has,
+ * one of the sum adds what its rows of x give, so that additions keep their order.
+ *
  * @module
  */
 import type { tf } from "../../deps.ts";
 import { element, elements, ELEMENTWISE, packed } from "./lanes.ts";
-import type { Kernel, KernelCall, Shader } from "./runtime.ts";
+import { type Kernel, type KernelCall, rowsOf, type Shader } from "./runtime.ts";
 
 /** Both kernels. */
 export const gather: readonly Kernel[] = [
@@ -26,14 +29,27 @@ type Type = "f32" | "vec4<f32>";
 function gatherShader(type: Type): Shader {
   return {
     storage: [{ name: "x", type }, { name: "index", type: "i32" }, { name: "y", type, write: true }],
-    uniforms: { size: "u32", width: "u32", rows: "u32", nan: "f32" },
+    uniforms: {
+      ...{ size: "u32", width: "u32", rows: "u32", nan: "f32" },
+      ...{ first: "u32", count: "u32", firstOutput: "u32" },
+    },
     threads: ELEMENTWISE,
     main: `${element}
-let source = index[i / u.width];
-if (source >= 0 && u32(source) < u.rows) { y[i] = x[u32(source) * u.width + i % u.width]; }
-else { y[i] = ${type}(select(u.nan, 0.0, source == -1)); }`,
+let source = index[u.firstOutput + i / u.width];
+if (source >= 0 && u32(source) < u.rows) {
+  let row = u32(source) - u.first;
+  if (u32(source) >= u.first && row < u.count) { y[i] = x[row * u.width + i % u.width]; }
+} else if (u.first == 0u) { y[i] = ${type}(select(u.nan, 0.0, source == -1)); }`,
   };
 }
+
+/** What both sums know: windows of x and of y; all windows of x but the first add to what is there. */
+const windowed = { size: "u32", width: "u32", firstX: "u32", countX: "u32", firstY: "u32" } as const;
+const begin = (type: Type) =>
+  `let row = u.firstY + i / u.width;
+let column = i % u.width;
+var sum = ${type}(0.0);
+if (u.firstX > 0u) { sum = y[i]; }`;
 
 /** Row n of the output sums x[order[j]] over starts[n] ≤ j < starts[n + 1]. */
 function listShader(type: Type): Shader {
@@ -44,13 +60,14 @@ function listShader(type: Type): Shader {
       { name: "starts", type: "i32" },
       { name: "y", type, write: true },
     ],
-    uniforms: { size: "u32", width: "u32" },
+    uniforms: windowed,
     threads: ELEMENTWISE,
     main: `${element}
-let row = i / u.width;
-let column = i % u.width;
-var sum = ${type}(0.0);
-for (var j = starts[row]; j < starts[row + 1u]; j++) { sum += x[u32(order[j]) * u.width + column]; }
+${begin(type)}
+for (var j = starts[row]; j < starts[row + 1u]; j++) {
+  let source = u32(order[j]) - u.firstX;
+  if (u32(order[j]) >= u.firstX && source < u.countX) { sum += x[source * u.width + column]; }
+}
 y[i] = sum;`,
   };
 }
@@ -58,13 +75,13 @@ y[i] = sum;`,
 function scanShader(type: Type): Shader {
   return {
     storage: [{ name: "x", type }, { name: "index", type: "i32" }, { name: "y", type, write: true }],
-    uniforms: { size: "u32", width: "u32", count: "u32" },
+    uniforms: windowed,
     threads: ELEMENTWISE,
     main: `${element}
-let row = i32(i / u.width);
-let column = i % u.width;
-var sum = ${type}(0.0);
-for (var j = 0u; j < u.count; j++) { if (index[j] == row) { sum += x[j * u.width + column]; } }
+${begin(type)}
+for (var j = 0u; j < u.countX; j++) {
+  if (index[u.firstX + j] == i32(row)) { sum += x[j * u.width + column]; }
+}
 y[i] = sum;`,
   };
 }
@@ -82,9 +99,15 @@ function gatherRows(call: KernelCall): tf.TensorInfo {
   if (host) checkIndex(call, host, rows);
   if (rows === 0 || count * width === 0) return call.zeros([count, width]);
   const y = call.output([count, width]), { type, count: step } = packed(width);
-  const size = count * width / step;
-  const uniforms = { size, width: width / step, rows, nan: NaN };
-  call.dispatch(`${call.name} ${type}`, () => gatherShader(type), [x, index, y], uniforms, elements(size));
+  for (const output of call.windows(count, [width])) {
+    const size = output.count * width / step;
+    for (const run of call.windows(rows, [width])) {
+      const place = { first: run.first, count: run.count, firstOutput: output.first };
+      const uniforms = { size, width: width / step, rows, nan: NaN, ...place };
+      const tensors = [rowsOf(x, run, width), index, rowsOf(y, output, width)];
+      call.dispatch(`${call.name} ${type}`, () => gatherShader(type), tensors, uniforms, elements(size));
+    }
+  }
   return y;
 }
 
@@ -106,14 +129,16 @@ function scatterAddRows(call: KernelCall): tf.TensorInfo {
   if (host) checkIndex(call, host, rows);
   if (count * rows * width === 0) return call.zeros([rows, width]);
   const y = call.output([rows, width]), { type, count: step } = packed(width);
-  const size = rows * width / step, common = { size, width: width / step };
-  if (host) {
-    const { order, starts } = listsOf(host, rows);
-    const tensors = [x, call.upload(order), call.upload(starts), y];
-    call.dispatch(`${call.name} ${type}`, () => listShader(type), tensors, common, elements(size));
-  } else {
-    const make = () => scanShader(type);
-    call.dispatch(`${call.name} scan ${type}`, make, [x, index, y], { ...common, count }, elements(size));
+  const lists = host && listsOf(host, rows);
+  const where = lists ? [call.upload(lists.order), call.upload(lists.starts)] : [index];
+  const key = `${call.name} ${lists ? "" : "scan "}${type}`, make = () => lists ? listShader(type) : scanShader(type);
+  for (const output of call.windows(rows, [width])) {
+    const size = output.count * width / step;
+    for (const run of call.windows(count, [width])) {
+      const place = { firstX: run.first, countX: run.count, firstY: output.first };
+      const tensors = [rowsOf(x, run, width), ...where, rowsOf(y, output, width)];
+      call.dispatch(key, make, tensors, { size, width: width / step, ...place }, elements(size));
+    }
   }
   return y;
 }

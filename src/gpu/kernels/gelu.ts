@@ -10,7 +10,7 @@
  * @module
  */
 import { tf } from "../../deps.ts";
-import { element, elements, ELEMENTWISE, packed } from "./lanes.ts";
+import { dispatchElements, element, ELEMENTWISE, packed } from "./lanes.ts";
 import type { Kernel, KernelCall } from "./runtime.ts";
 
 /** Both kernels. */
@@ -35,7 +35,7 @@ function forward(call: KernelCall): tf.TensorInfo {
 let v = x[i];${phi(type)}
 y[i] = v * phi;`,
   } as const);
-  call.dispatch(`${call.name} ${type}`, make, [x, y], { size: size / count }, elements(size / count));
+  dispatchElements(call, `${call.name} ${type}`, make, [x, y], { total: size, step: count });
   return y;
 }
 
@@ -52,6 +52,6 @@ function backward(call: KernelCall): tf.TensorInfo {
 let v = x[i];${phi(type)}
 dx[i] = dy[i] * (phi + v * bell * ${1 / Math.sqrt(2 * Math.PI)});`,
   } as const);
-  call.dispatch(`${call.name} ${type}`, make, [x, dy, dx], { size: size / count }, elements(size / count));
+  dispatchElements(call, `${call.name} ${type}`, make, [x, dy, dx], { total: size, step: count });
   return dx;
 }

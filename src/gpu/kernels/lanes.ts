@@ -3,7 +3,8 @@
  *
  * @module
  */
-import type { Grid } from "./runtime.ts";
+import type { tf } from "../../deps.ts";
+import { type Grid, type KernelCall, rowsOf, type Shader } from "./runtime.ts";
 
 /** Workgroups of one long axis, folded so that no dimension exceeds the limit of every WebGPU device. */
 export function fold(workgroups: number): Grid {
@@ -29,6 +30,26 @@ export const elements = (size: number): Grid => fold(Math.ceil(size / ELEMENTWIS
 /** The widest type that divides `size` evenly: four numbers a thread, or one. */
 export function packed(size: number): { readonly type: "f32" | "vec4<f32>"; readonly count: number } {
   return size % 4 === 0 ? { type: "vec4<f32>", count: 4 } : { type: "f32", count: 1 };
+}
+
+/**
+ * Dispatches a shader over the elements of tensors of one size, window by window. The shader has a uniform `size`: threads.
+ *
+ * @param total Elements of each tensor.
+ * @param step Elements a thread, as {@link packed} says; divides `total`.
+ */
+export function dispatchElements(
+  call: KernelCall,
+  key: string,
+  make: () => Shader,
+  tensors: readonly tf.TensorInfo[],
+  { total, step }: { total: number; step: number },
+  uniforms: Readonly<Record<string, number>> = {},
+): void {
+  for (const run of call.windows(total, [1])) {
+    const size = run.count / step;
+    call.dispatch(key, make, tensors.map((x) => rowsOf(x, run, 1)), { size, ...uniforms }, elements(size));
+  }
 }
 
 /** How a workgroup is shared by rows: `lanes` threads each, `rows` at once. */

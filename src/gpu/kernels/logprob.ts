@@ -16,7 +16,7 @@
  */
 import type { tf } from "../../deps.ts";
 import { element, elements, ELEMENTWISE, fold, rowReductions, type RowSplit, rowStart, splitRows } from "./lanes.ts";
-import type { Binding, Kernel, KernelCall, Shader } from "./runtime.ts";
+import { type Binding, type Kernel, type KernelCall, rowsOf, type Shader } from "./runtime.ts";
 
 /** Both kernels. */
 export const logprob: readonly Kernel[] = [
@@ -45,7 +45,7 @@ function forwardShader(split: RowSplit, masked: boolean): Shader {
       ...sources(masked),
       ...["logprob", "entropy", "lse"].map((name) => ({ name, type: "f32", write: true } as const)),
     ],
-    uniforms: { rows: "u32", vocabulary: "u32", inverse: "f32", nan: "f32" },
+    uniforms: { rows: "u32", vocabulary: "u32", before: "u32", inverse: "f32", nan: "f32" },
     threads: split.threads,
     code: `${rowReductions(split)}\n${score(masked)}`,
     main: `${rowStart(split)}
@@ -59,12 +59,13 @@ let total = laneSum(lane, weight);
 let mean = laneSum(lane, moment) / total;
 if (!live || at != 0u) { return; }
 let size = log(total);
-entropy[row] = size - mean;
-lse[row] = top + size;
-let t = chosen[row];
-if (t == -1) { logprob[row] = 0.0; }
-else if (t < 0 || u32(t) >= u.vocabulary) { logprob[row] = u.nan; }
-else { logprob[row] = score(row, u32(t)) - top - size; }`,
+let n = u.before + row;
+entropy[n] = size - mean;
+lse[n] = top + size;
+let t = chosen[n];
+if (t == -1) { logprob[n] = 0.0; }
+else if (t < 0 || u32(t) >= u.vocabulary) { logprob[n] = u.nan; }
+else { logprob[n] = score(row, u32(t)) - top - size; }`,
   };
 }
 
@@ -75,17 +76,18 @@ function backwardShader(masked: boolean): Shader {
       ...["lse", "entropy", "dlogprob", "dentropy"].map((name) => ({ name, type: "f32" } as const)),
       { name: "dlogits", type: "f32", write: true },
     ],
-    uniforms: { size: "u32", vocabulary: "u32", inverse: "f32" },
+    uniforms: { size: "u32", vocabulary: "u32", before: "u32", inverse: "f32" },
     threads: ELEMENTWISE,
     code: score(masked),
     main: `${element}
 let row = i / u.vocabulary;
 let token = i % u.vocabulary;
-let z = score(row, token) - lse[row];
-let t = chosen[row];
-let slope = select(0.0, dlogprob[row], t >= 0);
+let n = u.before + row;
+let z = score(row, token) - lse[n];
+let t = chosen[n];
+let slope = select(0.0, dlogprob[n], t >= 0);
 let own = select(0.0, slope, t == i32(token));
-dlogits[i] = u.inverse * (own - exp(z) * (slope + dentropy[row] * (z + entropy[row])));`,
+dlogits[i] = u.inverse * (own - exp(z) * (slope + dentropy[n] * (z + entropy[n])));`,
   };
 }
 
@@ -94,8 +96,9 @@ interface Given {
   readonly vocabulary: number;
   readonly inverse: number;
   readonly masked: boolean;
-  /** Logits, target and suppress, the last where there is one. */
-  readonly tensors: readonly tf.TensorInfo[];
+  readonly logits: tf.TensorInfo;
+  /** Target and suppress, the latter where there is one. */
+  readonly vectors: readonly tf.TensorInfo[];
 }
 
 function given(call: KernelCall): Given {
@@ -109,27 +112,34 @@ function given(call: KernelCall): Given {
     throw call.error(`target[${i}] is ${tokens[i]}, must be −1 or a token below ${vocabulary}`);
   }
   const suppress = call.optional("suppress", [vocabulary]);
-  const tensors = suppress ? [logits, target, suppress] : [logits, target];
-  return { rows, vocabulary, inverse: 1 / temperature, masked: suppress !== undefined, tensors };
+  const vectors = suppress ? [target, suppress] : [target];
+  return { rows, vocabulary, inverse: 1 / temperature, masked: suppress !== undefined, logits, vectors };
 }
 
 function forward(call: KernelCall): tf.TensorInfo[] {
-  const { rows, vocabulary, inverse, masked, tensors } = given(call);
+  const { rows, vocabulary, inverse, masked, logits, vectors } = given(call);
   const outputs = [0, 1, 2].map(() => call.output([rows]));
   if (rows === 0) return outputs;
   if (vocabulary === 0) throw call.error("the vocabulary is empty");
   const split = splitRows(vocabulary), make = () => forwardShader(split, masked);
-  const uniforms = { rows, vocabulary, inverse, nan: NaN }, grid = fold(Math.ceil(rows / split.rows));
-  call.dispatch(`${call.name} ${split.lanes} ${masked}`, make, [...tensors, ...outputs], uniforms, grid);
+  for (const run of call.windows(rows, [vocabulary])) {
+    const uniforms = { rows: run.count, vocabulary, before: run.first, inverse, nan: NaN };
+    const tensors = [rowsOf(logits, run, vocabulary), ...vectors, ...outputs];
+    const grid = fold(Math.ceil(run.count / split.rows));
+    call.dispatch(`${call.name} ${split.lanes} ${masked}`, make, tensors, uniforms, grid);
+  }
   return outputs;
 }
 
 function backward(call: KernelCall): tf.TensorInfo {
-  const { rows, vocabulary, inverse, masked, tensors } = given(call);
-  const vectors = ["lse", "entropy", "dlogprob", "dentropy"].map((name) => call.input(name, [rows]));
-  const dlogits = call.output([rows, vocabulary]), size = rows * vocabulary;
-  if (size === 0) return dlogits;
-  const all = [...tensors, ...vectors, dlogits], make = () => backwardShader(masked);
-  call.dispatch(`${call.name} ${masked}`, make, all, { size, vocabulary, inverse }, elements(size));
+  const { rows, vocabulary, inverse, masked, logits, vectors } = given(call);
+  const all = [...vectors, ...["lse", "entropy", "dlogprob", "dentropy"].map((name) => call.input(name, [rows]))];
+  const dlogits = call.output([rows, vocabulary]);
+  if (rows * vocabulary === 0) return dlogits;
+  for (const run of call.windows(rows, [vocabulary])) {
+    const size = run.count * vocabulary, uniforms = { size, vocabulary, before: run.first, inverse };
+    const tensors = [rowsOf(logits, run, vocabulary), ...all, rowsOf(dlogits, run, vocabulary)];
+    call.dispatch(`${call.name} ${masked}`, () => backwardShader(masked), tensors, uniforms, elements(size));
+  }
   return dlogits;
 }

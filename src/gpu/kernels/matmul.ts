@@ -9,6 +9,9 @@
  * A product with few tiles and a long inner axis (gradients of weights) is cut along that axis into parts that are written apart and
  * added in order: no atomics, so equal inputs give equal bits on one adapter.
  *
+ * A matrix larger than a binding is cut into windows of its rows. What that cuts depends on the operand: rows of the result (A, and the
+ * result itself), its columns (transposed B), or the inner axis (transposed A, B), where products are added window by window.
+ *
  * @module
  */
 import type { tf } from "../../deps.ts";
@@ -25,7 +28,7 @@ import {
   type Variant,
   variantKey,
 } from "./matmul_tiles.ts";
-import type { Kernel, KernelCall, Shader } from "./runtime.ts";
+import { type Kernel, type KernelCall, rowsOf, type Run, type Shader, type TensorWindow } from "./runtime.ts";
 
 /** The kernel. */
 export const matmul: readonly Kernel[] = [{ name: "MgpoMatMul", run: multiply }];
@@ -83,23 +86,99 @@ function multiply(call: KernelCall): tf.TensorInfo {
   const c = call.output([...a.shape.slice(0, rank - 2), rows, columns]);
   if (batch * rows * columns === 0) return c;
   if (depth === 0) throw call.error("the inner size must be at least 1");
-  const sizes = { batch, rows, columns, depth };
-  const plan = planMatMul(sizes, call.flag("software", call.software)), whole = plan.parts === 1;
-  const target = whole ? c : call.temporary([plan.parts, rows, columns]);
-  const product = { ...sizes, plan, transposeA, transposeB, a, b, bias: whole ? bias : undefined, c: target };
-  (plan.tile === tiles.direct ? runDirect : runTiled)(call, product);
-  if (!whole) addParts(call, target, bias, c, { rows, columns, parts: plan.parts });
+  const software = call.flag("software", call.software), given = { batch, transposeA, transposeB, a, b, bias, c };
+  const whole = {
+    rows: { first: 0, count: rows },
+    columns: { first: 0, count: columns },
+    depth: { first: 0, count: depth },
+  };
+  const pieces = rank === 2 ? piecesOf(call, { rows, columns, depth }, transposeA, transposeB) : [whole];
+  const full = { rows, columns, depth };
+  for (const piece of pieces) runPiece(call, { ...given, full, piece }, software, pieces.length > 1);
   return c;
 }
 
-interface Product extends Sizes {
-  readonly plan: Plan;
+/** A range of rows, columns and inner axis that is multiplied by one dispatch. */
+type Piece = Readonly<Record<"rows" | "columns" | "depth", Run>>;
+
+/** Windows start at whole vectors of four. */
+const VECTOR = 4;
+
+function piecesOf(
+  call: KernelCall,
+  { rows, columns, depth }: Omit<Sizes, "batch">,
+  transposeA: boolean,
+  transposeB: boolean,
+): Piece[] {
+  const inner = [...(transposeA ? [rows] : []), ...(transposeB ? [] : [columns])];
+  const cut = {
+    rows: call.windows(rows, transposeA ? [columns] : [columns, depth], VECTOR),
+    columns: transposeB ? call.windows(columns, [depth], VECTOR) : [{ first: 0, count: columns }],
+    depth: call.windows(depth, inner, VECTOR),
+  };
+  return cut.rows.flatMap((rows) =>
+    cut.columns.flatMap((columns) => cut.depth.map((depth) => ({ rows, columns, depth })))
+  );
+}
+
+/** A product, and the piece of it at hand. */
+interface Given {
+  readonly batch: number;
   readonly transposeA: boolean;
   readonly transposeB: boolean;
   readonly a: tf.TensorInfo;
   readonly b: tf.TensorInfo;
   readonly bias: tf.TensorInfo | undefined;
   readonly c: tf.TensorInfo;
+  /** Sizes of the whole product. */
+  readonly full: Omit<Sizes, "batch">;
+  readonly piece: Piece;
+}
+
+/** Where an operand or the result lies: a window, the elements from row to row, and the first column at hand. */
+interface Operand {
+  readonly tensor: tf.TensorInfo | TensorWindow;
+  readonly stride: number;
+  readonly first: number;
+}
+
+interface Product extends Sizes {
+  readonly plan: Plan;
+  readonly transposeA: boolean;
+  readonly transposeB: boolean;
+  readonly a: Operand;
+  readonly b: Operand;
+  readonly bias: tf.TensorInfo | undefined;
+  readonly c: Operand;
+  /** Whether the result adds to what is there. */
+  readonly adds: boolean;
+}
+
+/** The window of an operand whose stored rows are a range of one axis, and its columns one of another. */
+const operand = (tensor: tf.TensorInfo, isCut: boolean, rows: Run, columns: Run, stride: number): Operand => {
+  return { tensor: isCut ? rowsOf(tensor, rows, stride) : tensor, stride, first: columns.first };
+};
+
+function runPiece(call: KernelCall, given: Given, software: boolean, isCut: boolean): void {
+  const { batch, transposeA, transposeB, bias, full, piece: { rows, columns, depth } } = given;
+  const sizes = { batch, rows: rows.count, columns: columns.count, depth: depth.count };
+  const planned = planMatMul(sizes, software);
+  // Parts would have to be moved to their place in the result; a product this large has tiles enough.
+  const plan = isCut ? { ...planned, depthPerPart: depth.count, parts: 1 } : planned, whole = plan.parts === 1;
+  const c = operand(given.c, isCut, rows, columns, full.columns);
+  const target = whole ? c : { ...c, tensor: call.temporary([plan.parts, rows.count, columns.count]) };
+  const product: Product = {
+    ...{ ...sizes, plan, transposeA, transposeB, c: target, adds: depth.first > 0 },
+    a: transposeA ? operand(given.a, isCut, depth, rows, full.rows) : operand(given.a, isCut, rows, depth, full.depth),
+    b: transposeB
+      ? operand(given.b, isCut, columns, depth, full.depth)
+      : operand(given.b, isCut, depth, columns, full.columns),
+    bias: whole && depth.first === 0 ? bias : undefined,
+  };
+  (plan.tile === tiles.direct ? runDirect : runTiled)(call, product);
+  if (!whole) {
+    addParts(call, target.tensor, bias, given.c, { rows: rows.count, columns: columns.count, parts: plan.parts });
+  }
 }
 
 /** Dispatches the tiles of all products of a batch, or all parts of one. */
@@ -110,43 +189,49 @@ function dispatchTiles(
   make: () => Shader,
   uniforms: Readonly<Record<string, number>>,
 ): void {
-  const tensors = bias ? [a, b, bias, c] : [a, b, c];
+  const tensors = bias ? [a.tensor, b.tensor, bias, c.tensor] : [a.tensor, b.tensor, c.tensor];
+  const places = { firstA: a.first, firstB: b.first, firstC: c.first, strideC: c.stride };
   const [x, y] = [Math.ceil(columns / tileColumns(tile)), Math.ceil(rows / tileRows(tile))];
   const most = call.limits.maxComputeWorkgroupsPerDimension;
   for (let firstBatch = 0; firstBatch < batch; firstBatch += most) {
     const z = parts > 1 ? parts : Math.min(most, batch - firstBatch);
-    call.dispatch(key, make, tensors, { rows, columns, depth, depthPerPart, firstBatch, ...uniforms }, [x, y, z]);
+    const sizes = { rows, columns, depth, depthPerPart, firstBatch };
+    call.dispatch(key, make, tensors, { ...sizes, ...places, ...uniforms }, [x, y, z]);
   }
 }
 
 function runDirect(call: KernelCall, product: Product): void {
-  const { rows, columns, depth, transposeA, transposeB, plan } = product;
+  const { a, b, transposeA, transposeB, plan, adds } = product;
   const split = plan.parts > 1, bias = product.bias !== undefined;
-  const [rowA, stepA] = transposeA ? [1, rows] : [depth, 1], [columnB, stepB] = transposeB ? [depth, 1] : [1, columns];
-  const make = () => directShader(bias, split);
-  dispatchTiles(call, product, `MgpoMatMul direct ${bias} ${split}`, make, { rowA, stepA, columnB, stepB });
+  const [rowA, stepA] = transposeA ? [1, a.stride] : [a.stride, 1];
+  const [columnB, stepB] = transposeB ? [b.stride, 1] : [1, b.stride];
+  const make = () => directShader(bias, split, adds);
+  dispatchTiles(call, product, `MgpoMatMul direct ${bias} ${split} ${adds}`, make, { rowA, stepA, columnB, stepB });
 }
 
 function runTiled(call: KernelCall, product: Product): void {
-  const { a, b, columns, transposeA, transposeB, plan: { tile, parts } } = product;
-  const [rowsA, widthA] = a.shape.slice(-2), [rowsB, widthB] = b.shape.slice(-2);
+  const { a, b, c, rows, columns, depth, transposeA, transposeB, adds, plan: { tile, parts } } = product;
+  const [rowsA, columnsA] = transposeA ? [depth, rows] : [rows, depth];
+  const [rowsB, columnsB] = transposeB ? [columns, depth] : [depth, columns];
   const variant: Variant = {
     tile,
     transposeA,
     transposeB,
-    packedA: widthA % 4 === 0,
-    packedB: widthB % 4 === 0,
-    packedC: columns % 4 === 0,
+    packedA: a.stride % 4 === 0,
+    packedB: b.stride % 4 === 0,
+    packedC: c.stride % 4 === 0,
     bias: product.bias !== undefined,
     split: parts > 1,
+    adds,
   };
-  const make = () => matmulShader(variant);
-  dispatchTiles(call, product, variantKey(variant), make, { rowsA, widthA, rowsB, widthB });
+  const edges = { edgeA: a.first + columnsA, edgeB: b.first + columnsB };
+  const make = () => matmulShader(variant), strides = { widthA: a.stride, widthB: b.stride };
+  dispatchTiles(call, product, variantKey(variant), make, { rowsA, rowsB, ...strides, ...edges });
 }
 
 function addParts(
   call: KernelCall,
-  target: tf.TensorInfo,
+  target: tf.TensorInfo | TensorWindow,
   bias: tf.TensorInfo | undefined,
   c: tf.TensorInfo,
   { rows, columns, parts }: { rows: number; columns: number; parts: number },

@@ -13,8 +13,8 @@ import type { Shader } from "./runtime.ts";
 
 const range = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
 
-/** The shader; `bias` and `split` as in the variants of `matmul_tiles.ts`. */
-export function directShader(bias: boolean, split: boolean): Shader {
+/** The shader; `bias`, `split` and `adds` as in the variants of `matmul_tiles.ts`. */
+export function directShader(bias: boolean, split: boolean, adds: boolean): Shader {
   const { rows, columns, across, down } = tiles.direct;
   const groups = range(columns / 4), parts = "xyzw";
   const sums = range(rows).flatMap((r) => groups.map((c) => ({ name: `sum_${r}_${c}`, r, c })));
@@ -28,6 +28,7 @@ export function directShader(bias: boolean, split: boolean): Shader {
     uniforms: {
       ...{ rows: "u32", columns: "u32", depth: "u32", depthPerPart: "u32", firstBatch: "u32" },
       ...{ rowA: "u32", stepA: "u32", columnB: "u32", stepB: "u32" },
+      ...{ firstA: "u32", firstB: "u32", firstC: "u32", strideC: "u32" },
     },
     threads: across * down,
     main: `let batch = ${split ? "0u" : "u.firstBatch + wg.z"};
@@ -35,8 +36,8 @@ let row = (wg.y * ${down}u + lane / ${across}u) * ${rows}u;
 let column = (wg.x * ${across}u + lane % ${across}u) * ${columns}u;
 let begin = ${split ? "wg.z * u.depthPerPart" : "0u"};
 let end = ${split ? "min(u.depth, begin + u.depthPerPart)" : "u.depth"};
-let startA = batch * u.rows * u.depth + begin * u.stepA;
-let startB = batch * u.columns * u.depth + begin * u.stepB;
+let startA = batch * u.rows * u.depth + u.firstA + begin * u.stepA;
+let startB = batch * u.columns * u.depth + u.firstB + begin * u.stepB;
 ${range(rows).map((r) => `var at_a${r} = startA + min(row + ${r}u, u.rows - 1u) * u.rowA;`).join("\n")}
 ${range(columns).map((c) => `var at_b${c} = startB + min(column + ${c}u, u.columns - 1u) * u.columnB;`).join("\n")}
 ${sums.map(({ name }) => `var ${name} = vec4<f32>();`).join("\n")}
@@ -50,15 +51,15 @@ for (var k = begin; k < end; k++) {
   ${range(rows).map((r) => `at_a${r} += u.stepA;`).join(" ")}
   ${range(columns).map((c) => `at_b${c} += u.stepB;`).join(" ")}
 }
-let start = ${split ? "wg.z" : "batch"} * u.rows * u.columns + row * u.columns + column;
+let start = ${split ? "wg.z" : "batch"} * u.rows * u.columns + row * u.strideC + u.firstC + column;
 ${
       sums.map(({ name, r, c }) =>
         `if (row + ${r}u < u.rows) {
 ${
           range(4).map((i) =>
-            `  if (column + ${4 * c + i}u < u.columns) { c[start + ${r}u * u.columns + ${4 * c + i}u] = ${name}.${
-              parts[i]
-            }${bias ? ` + bias[column + ${4 * c + i}u]` : ""}; }`
+            `  if (column + ${4 * c + i}u < u.columns) { c[start + ${r}u * u.strideC + ${4 * c + i}u] ${
+              adds ? "+=" : "="
+            } ${name}.${parts[i]}${bias ? ` + bias[u.firstC + column + ${4 * c + i}u]` : ""}; }`
           ).join("\n")
         }
 }`

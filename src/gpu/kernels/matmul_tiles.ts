@@ -51,28 +51,31 @@ export interface Variant {
   readonly bias: boolean;
   /** Whether workgroups in z share the inner axis (each writing its own part) instead of the batch. */
   readonly split: boolean;
+  /** Whether the sums are added to the result. */
+  readonly adds: boolean;
 }
 
 /** A name for the variant. */
 export const variantKey = (v: Variant): string =>
   `MgpoMatMul ${v.tile.name} ${
-    [v.transposeA, v.transposeB, v.packedA, v.packedB, v.packedC, v.bias, v.split].map(Number).join("")
+    [v.transposeA, v.transposeB, v.packedA, v.packedB, v.packedC, v.bias, v.split, v.adds].map(Number).join("")
   }`;
 
 const range = (n: number): number[] => Array.from({ length: n }, (_, i) => i);
 
-/** `fetchA(start, row, column)`: four numbers along a row of the stored matrix, zeros beyond its end. */
+/** `fetchA(start, row, place)`: four numbers along a row of the stored matrix, zeros beyond what is multiplied of it. */
 function fetch(name: "a" | "b", packed: boolean): string {
-  const shape = `rows${name.toUpperCase()}`, width = `width${name.toUpperCase()}`;
-  const head = `fn fetch_${name}(start: u32, row: u32, column: u32) -> vec4<f32> {
-  if (row >= u.${shape} || column >= u.${width}) { return vec4<f32>(); }
+  const [shape, width, edge, first] = ["rows", "width", "edge", "first"].map((word) => word + name.toUpperCase());
+  const head = `fn fetch_${name}(start: u32, row: u32, place: u32) -> vec4<f32> {
+  let column = u.${first} + place;
+  if (row >= u.${shape} || column >= u.${edge}) { return vec4<f32>(); }
   let at = start + row * u.${width} + column;`;
   if (packed) return `${head}\n  return ${name}[at / 4u];\n}`;
   return `${head}
   var value = vec4<f32>(${name}[at], 0.0, 0.0, 0.0);
-  if (column + 1u < u.${width}) { value.y = ${name}[at + 1u]; }
-  if (column + 2u < u.${width}) { value.z = ${name}[at + 2u]; }
-  if (column + 3u < u.${width}) { value.w = ${name}[at + 3u]; }
+  if (column + 1u < u.${edge}) { value.y = ${name}[at + 1u]; }
+  if (column + 2u < u.${edge}) { value.z = ${name}[at + 2u]; }
+  if (column + 3u < u.${edge}) { value.w = ${name}[at + 3u]; }
   return value;
 }`;
 }
@@ -99,19 +102,21 @@ function load(name: "a" | "b", groups: number, deep: boolean, threads: number): 
 
 /** Writes the four sums of a row that begin at `column`. */
 function store(v: Variant): string {
-  const value = v.bias ? `value + ${v.packedC ? "bias[column / 4u]" : "bias4(column)"}` : "value";
-  const write = v.packedC ? `c[at / 4u] = sum;` : `c[at] = sum.x;
-  if (column + 1u < u.columns) { c[at + 1u] = sum.y; }
-  if (column + 2u < u.columns) { c[at + 2u] = sum.z; }
-  if (column + 3u < u.columns) { c[at + 3u] = sum.w; }`;
-  const bias4 = `fn bias4(column: u32) -> vec4<f32> {
-  let last = u.columns - 1u;
+  const value = v.bias ? `value + ${v.packedC ? "bias[(u.firstC + column) / 4u]" : "bias4(column)"}` : "value";
+  const sets = v.adds ? "+=" : "=";
+  const write = v.packedC ? `c[at / 4u] ${sets} sum;` : `c[at] ${sets} sum.x;
+  if (column + 1u < u.columns) { c[at + 1u] ${sets} sum.y; }
+  if (column + 2u < u.columns) { c[at + 2u] ${sets} sum.z; }
+  if (column + 3u < u.columns) { c[at + 3u] ${sets} sum.w; }`;
+  const bias4 = `fn bias4(place: u32) -> vec4<f32> {
+  let column = u.firstC + place;
+  let last = u.firstC + u.columns - 1u;
   return vec4<f32>(bias[column], bias[min(column + 1u, last)], bias[min(column + 2u, last)], bias[min(column + 3u, last)]);
 }`;
   return `${v.bias && !v.packedC ? bias4 : ""}
 fn store(start: u32, row: u32, column: u32, value: vec4<f32>) {
   if (row >= u.rows || column >= u.columns) { return; }
-  let at = start + row * u.columns + column;
+  let at = start + row * u.strideC + u.firstC + column;
   let sum = ${value};
   ${write}
 }`;
@@ -133,7 +138,8 @@ export function matmulShader(v: Variant): Shader {
     ],
     uniforms: {
       ...{ rows: "u32", columns: "u32", depth: "u32", rowsA: "u32", widthA: "u32", rowsB: "u32", widthB: "u32" },
-      ...{ depthPerPart: "u32", firstBatch: "u32" },
+      ...{ depthPerPart: "u32", firstBatch: "u32", strideC: "u32" },
+      ...{ firstA: "u32", edgeA: "u32", firstB: "u32", edgeB: "u32", firstC: "u32" },
     },
     threads,
     code: `var<workgroup> piece_a: array<vec4<f32>, ${DEPTH * (groupsA + 1)}>;

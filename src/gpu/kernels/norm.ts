@@ -13,7 +13,7 @@
  */
 import type { tf } from "../../deps.ts";
 import { fold, rowReductions, type RowSplit, rowStart, splitRows } from "./lanes.ts";
-import type { Kernel, KernelCall, Shader } from "./runtime.ts";
+import { type Kernel, type KernelCall, rowsOf, type Shader } from "./runtime.ts";
 import { sumColumns } from "./sums.ts";
 
 /** Both kernels. */
@@ -30,7 +30,7 @@ function forwardShader(split: RowSplit): Shader {
       { name: "y", type: "f32", write: true },
       { name: "rstd", type: "f32", write: true },
     ],
-    uniforms: { rows: "u32", width: "u32", eps: "f32" },
+    uniforms: { rows: "u32", width: "u32", before: "u32", eps: "f32" },
     threads: split.threads,
     code: rowReductions(split),
     main: `${rowStart(split)}
@@ -40,7 +40,7 @@ if (live) { for (var j = at; j < u.width; j += ${split.lanes}u) { own += x[first
 let inverse = 1.0 / sqrt(laneSum(lane, own) / f32(u.width) + u.eps);
 if (!live) { return; }
 for (var j = at; j < u.width; j += ${split.lanes}u) { y[first + j] = x[first + j] * inverse * w[j]; }
-if (at == 0u) { rstd[row] = inverse; }`,
+if (at == 0u) { rstd[u.before + row] = inverse; }`,
   };
 }
 
@@ -50,7 +50,7 @@ function backwardShader(split: RowSplit): Shader {
       ...["x", "w", "rstd", "dy"].map((name) => ({ name, type: "f32" } as const)),
       { name: "dx", type: "f32", write: true },
     ],
-    uniforms: { rows: "u32", width: "u32" },
+    uniforms: { rows: "u32", width: "u32", before: "u32" },
     threads: split.threads,
     code: rowReductions(split),
     main: `${rowStart(split)}
@@ -59,7 +59,7 @@ var own = 0.0;
 if (live) { for (var j = at; j < u.width; j += ${split.lanes}u) { own += dy[first + j] * w[j] * x[first + j]; } }
 let mean = laneSum(lane, own) / f32(u.width);
 if (!live) { return; }
-let scale = rstd[row];
+let scale = rstd[u.before + row];
 let pull = mean * scale * scale;
 for (var j = at; j < u.width; j += ${split.lanes}u) {
   dx[first + j] = scale * (dy[first + j] * w[j] - x[first + j] * pull);
@@ -74,8 +74,11 @@ function forward(call: KernelCall): tf.TensorInfo[] {
   const y = call.output(x.shape), rstd = call.output([rows]);
   if (rows * width === 0) return [y, rstd];
   const split = splitRows(width), make = () => forwardShader(split);
-  const grid = fold(Math.ceil(rows / split.rows));
-  call.dispatch(`${call.name} ${split.lanes}`, make, [x, w, y, rstd], { rows, width, eps }, grid);
+  for (const run of call.windows(rows, [width])) {
+    const tensors = [rowsOf(x, run, width), w, rowsOf(y, run, width), rstd];
+    const uniforms = { rows: run.count, width, before: run.first, eps };
+    call.dispatch(`${call.name} ${split.lanes}`, make, tensors, uniforms, fold(Math.ceil(run.count / split.rows)));
+  }
   return [y, rstd];
 }
 
@@ -86,8 +89,10 @@ function backward(call: KernelCall): tf.TensorInfo[] {
   const dx = call.output(x.shape);
   if (rows * width === 0) return [dx, call.zeros([width])];
   const split = splitRows(width), make = () => backwardShader(split);
-  const grid = fold(Math.ceil(rows / split.rows));
-  call.dispatch(`${call.name} ${split.lanes}`, make, [x, w, rstd, dy, dx], { rows, width }, grid);
-  const storage = ["x", "rstd", "dy"].map((name) => ({ name, type: "f32" } as const));
-  return [dx, sumColumns(call, "x·dy·rstd", storage, [x, rstd, dy], "x[i] * rstd[row] * dy[i]", x.shape)];
+  for (const run of call.windows(rows, [width])) {
+    const tensors = [rowsOf(x, run, width), w, rstd, rowsOf(dy, run, width), rowsOf(dx, run, width)];
+    const uniforms = { rows: run.count, width, before: run.first };
+    call.dispatch(`${call.name} ${split.lanes}`, make, tensors, uniforms, fold(Math.ceil(run.count / split.rows)));
+  }
+  return [dx, sumColumns(call, "x·dy·rstd", { x, dy }, "x[i] * rstd[row] * dy[i]", x.shape, { rstd })];
 }

@@ -4,7 +4,9 @@
  * @module
  */
 import { tf } from "../../deps.ts";
+import { add, addsLarge } from "./add.ts";
 import { adamw } from "./adamw.ts";
+import { arena } from "./arena.ts";
 import { attention } from "./attention.ts";
 import { attentionGrad } from "./attention_grad.ts";
 import { gather } from "./gather.ts";
@@ -28,7 +30,9 @@ const kernels: readonly Kernel[] = [
   logprob,
   gelu,
   sums,
+  add,
   adamw,
+  arena,
 ].flat();
 
 const attached = new WeakMap<object, Backend>();
@@ -51,6 +55,7 @@ export const webgpuKernelNames: readonly string[] = kernels.map(({ name }) => na
  * host still has it.
  */
 export function installWebgpuKernels(): void {
+  if (tf.getKernel(add[0].name, "webgpu") === undefined) installLargeAdd();
   for (const kernel of kernels) {
     if (tf.getKernel(kernel.name, "webgpu") !== undefined) continue;
     tf.registerKernel({
@@ -60,4 +65,19 @@ export function installWebgpuKernels(): void {
         runKernel(kernel, backendOf(backend as object), inputs, (attrs ?? {}) as Record<string, unknown>),
     });
   }
+}
+
+/** Puts `MgpoAdd` before `Add` of TensorFlow.js, for tensors that it cannot bind. */
+function installLargeAdd(): void {
+  const plain = tf.getKernel("Add", "webgpu");
+  if (plain === undefined) return;
+  tf.unregisterKernel("Add", "webgpu");
+  tf.registerKernel({
+    ...plain,
+    kernelFunc: (given) => {
+      const { a, b } = given.inputs, backend = backendOf(given.backend as object);
+      const isLarge = a !== undefined && b !== undefined && addsLarge(backend.device, a, b);
+      return isLarge ? runKernel(add[0], backend, { a, b }, {}) : plain.kernelFunc(given);
+    },
+  });
 }

@@ -13,7 +13,7 @@
  */
 import { tf } from "../../deps.ts";
 import { element, elements, ELEMENTWISE } from "./lanes.ts";
-import type { Kernel, KernelCall } from "./runtime.ts";
+import { type Kernel, type KernelCall, rowsOf } from "./runtime.ts";
 
 /** The kernel. */
 export const rope: readonly Kernel[] = [{ name: "MgpoRope", run: rotate }];
@@ -24,8 +24,7 @@ function rotate(call: KernelCall): tf.TensorInfo {
   if (width % 2 !== 0) throw call.error(`the head size must be even, is ${width}`);
   const cos = call.input("cos", [rows, width]), sin = call.input("sin", [rows, width]);
   const inverse = call.flag("inverse"), y = call.output(x.shape);
-  const size = rows * heads * width / 2;
-  if (size === 0) return y;
+  if (rows * heads * width === 0) return y;
   const make = () => ({
     storage: [
       { name: "x", type: "f32" },
@@ -47,7 +46,11 @@ let b = x[high];
 y[low] = a * cosines[first] ${inverse ? "+ b * sines[second]" : "- b * sines[first]"};
 y[high] = b * cosines[second] ${inverse ? "- a * sines[first]" : "+ a * sines[second]"};`,
   } as const);
-  const uniforms = { size, heads, halfWidth: width / 2 };
-  call.dispatch(`${call.name} ${inverse}`, make, [x, cos, sin, y], uniforms, elements(size));
+  for (const run of call.windows(rows, [heads * width, width])) {
+    const size = run.count * heads * width / 2, uniforms = { size, heads, halfWidth: width / 2 };
+    const [tokens, table] = [heads * width, width];
+    const tensors = [rowsOf(x, run, tokens), rowsOf(cos, run, table), rowsOf(sin, run, table), rowsOf(y, run, tokens)];
+    call.dispatch(`${call.name} ${inverse}`, make, tensors, uniforms, elements(size));
+  }
   return y;
 }

@@ -6,9 +6,13 @@
  * no shader key of shapes. Evidence: tfjs-backend-webgpu 4.22 (pinned in `deps.ts`), whose backend object has the
  * fields of {@link Backend}; {@link attach} checks them. `tf.time` and `tf.profile` do not see these dispatches.
  *
+ * A tensor may be larger than a shader can bind. Kernels therefore bind windows: runs of whole rows, at offsets that WebGPU allows,
+ * one dispatch after the other ({@link KernelCall.windows}).
+ *
  * @module
  */
 import { tf } from "../../deps.ts";
+import { MemoryLimitError } from "../device_errors.ts";
 
 /** What the backend keeps of a tensor: `values` on the host (not uploaded yet, or read back), `resource` on the device. */
 interface TensorData {
@@ -33,6 +37,8 @@ export interface Backend {
   endComputePassEncoder(): void;
   submitQueue(): void;
   makeTensorInfo(shape: number[], dtype: tf.DataType, values?: tf.TypedArray): tf.TensorInfo;
+  /** A buffer with these bytes that nobody writes; set by replay.ts, undefined where that is switched off. */
+  uniformBuffer?(bytes: ArrayBuffer): GPUBuffer | undefined;
 }
 
 /** A storage buffer of a shader. */
@@ -54,6 +60,45 @@ export interface Shader {
   readonly code?: string;
   /** Body of the entry point; it sees `wg` (workgroup_id), `groups` (num_workgroups) and `lane` (0 to threads − 1). */
   readonly main: string;
+}
+
+/** A part of a tensor, bound alone. */
+export interface TensorWindow {
+  readonly tensor: tf.TensorInfo;
+  /** First element; a multiple of {@link ALIGNMENT}. */
+  readonly offset: number;
+  /** Elements. */
+  readonly size: number;
+}
+
+/** A run of rows. */
+export interface Run {
+  readonly first: number;
+  readonly count: number;
+}
+
+/** Elements of four bytes to which offsets of bindings are aligned: 256 bytes, enough for every device. */
+export const ALIGNMENT = 64;
+
+/** Rows `first`, `first + 1`, … of a tensor whose rows have `width` elements. */
+export function rowsOf(tensor: tf.TensorInfo, { first, count }: Run, width: number): TensorWindow {
+  return { tensor, offset: first * width, size: count * width };
+}
+
+let bindingLimit: number | undefined;
+
+/**
+ * Lowers what kernels bind at once, as if the adapter allowed no more.
+ *
+ * @param bytes At least 256. @default {what the device allows}
+ */
+export function limitBindings(bytes?: number): void {
+  bindingLimit = bytes;
+}
+
+/** Bytes of a storage buffer that a kernel binds at once on a device. */
+export function bindableBytes(device: GPUDevice): number {
+  return Math.min(bindingLimit ?? Infinity, device.limits.maxStorageBufferBindingSize);
 }
 
 /** A kernel as `register.ts` registers it. */
@@ -142,6 +187,31 @@ export class KernelCall {
     return this.backend.device.limits;
   }
 
+  /** Bytes of a tensor that can be bound at once. */
+  get bindable(): number {
+    return bindableBytes(this.backend.device);
+  }
+
+  /**
+   * Cuts rows into runs that can be bound, of all tensors that share them. One run where everything fits.
+   *
+   * @param rows How many there are.
+   * @param widths Elements a row of each of these tensors.
+   * @param multiple Runs begin at multiples of this power of two. @default {1}
+   * @throws {MemoryLimitError} if the fewest rows that begin where a binding may are too many.
+   */
+  windows(rows: number, widths: readonly number[], multiple = 1): Run[] {
+    const most = Math.floor(this.bindable / 4), widest = Math.max(1, ...widths);
+    if (rows * widest <= most) return [{ first: 0, count: rows }];
+    const granule = Math.max(multiple, ...widths.map((width) => ALIGNMENT / powerOfTwoIn(width)));
+    const step = Math.floor(most / widest / granule) * granule;
+    const fewest = Math.min(rows, granule);
+    if (step === 0) throw this.#tooLarge(`${fewest} rows of ${widest} numbers, together`, 4 * fewest * widest);
+    return Array.from({ length: Math.ceil(rows / step) }, (_, i) => {
+      return { first: i * step, count: Math.min(step, rows - i * step) };
+    });
+  }
+
   /** Whether the device computes on the processor. */
   get software(): boolean {
     return isSoftware(this.backend.device);
@@ -186,6 +256,15 @@ export class KernelCall {
       throw this.error(`attribute ${name} must be a finite number, is ${String(value)}`);
     }
     return value;
+  }
+
+  /** A list of finite numbers among the attributes. */
+  numbers(name: string): readonly number[] {
+    const values = this.attributes[name];
+    if (!Array.isArray(values) || !values.every(Number.isFinite)) {
+      throw this.error(`attribute ${name} must be a list of finite numbers, is ${String(values)}`);
+    }
+    return values;
   }
 
   /** A truth value among the attributes, or the default where it is absent. */
@@ -237,27 +316,27 @@ export class KernelCall {
    *
    * @param key Names the shader; equal keys must mean equal shaders.
    * @param make The shader; called once per key and device.
-   * @param tensors In the order of the shader's `storage`.
+   * @param tensors In the order of the shader's `storage`, whole or windows.
    * @param uniforms By name.
    */
   dispatch(
     key: string,
     make: () => Shader,
-    tensors: readonly tf.TensorInfo[],
+    tensors: readonly (tf.TensorInfo | TensorWindow)[],
     uniforms: Readonly<Record<string, number>>,
     grid: Grid,
   ): void {
     const { backend } = this, { device } = backend;
     const most = device.limits.maxComputeWorkgroupsPerDimension;
     if (grid.some((n) => n > most)) throw this.error(`${grid.join(" × ")} workgroups are more than the GPU takes`);
-    const entries = tensors.map((tensor, binding) => ({ binding, resource: { buffer: this.#buffer(tensor) } }));
+    const entries = tensors.map((x, binding): GPUBindGroupEntry => ({ binding, resource: this.#binding(x) }));
     let cache = compiled.get(device);
     if (cache === undefined) compiled.set(device, cache = new Map());
     let program = cache.get(key);
     if (program === undefined) cache.set(key, program = compile(device, key, make()));
     entries.push({ binding: entries.length, resource: { buffer: this.#uniforms(program, uniforms) } });
     const bindGroup = device.createBindGroup({ layout: program.layout, entries });
-    for (const tensor of tensors) backend.commandQueueOwnedIds.add(tensor.dataId);
+    for (const x of tensors) backend.commandQueueOwnedIds.add(tensorOf(x).dataId);
     backend.ensureCommandEncoderReady();
     backend.computePassEncoder ??= backend.commandEncoder!.beginComputePass();
     backend.computePassEncoder.setPipeline(program.pipeline);
@@ -267,6 +346,41 @@ export class KernelCall {
     if (backend.dispatchCountInPass < Number(tf.env().get("WEBGPU_DEFERRED_SUBMIT_BATCH_SIZE"))) return;
     backend.endComputePassEncoder();
     backend.submitQueue();
+  }
+
+  /**
+   * Records copies of whole tensors to places in one tensor, without a dispatch.
+   *
+   * @param offsets Where each of `parts` begins in `whole`, in elements; they fit and don't overlap.
+   * @param clear Whether what lies between them becomes 0; it is undefined otherwise if `whole` is new.
+   */
+  gather(parts: readonly tf.TensorInfo[], whole: tf.TensorInfo, offsets: readonly number[], clear = false): void {
+    const to = this.#buffer(whole), from = this.#places(parts, offsets), encoder = this.#copying();
+    if (clear) encoder.clearBuffer(to);
+    for (const { buffer, at } of from) encoder.copyBufferToBuffer(buffer, 0, to, at, buffer.size);
+    for (const tensor of [...parts, whole]) this.backend.commandQueueOwnedIds.add(tensor.dataId);
+  }
+
+  /** The reverse of {@link gather}: copies places in one tensor to whole tensors, which change in place. */
+  scatter(whole: tf.TensorInfo, offsets: readonly number[], parts: readonly tf.TensorInfo[]): void {
+    for (const part of parts) this.overwrite(part);
+    const from = this.#buffer(whole), to = this.#places(parts, offsets), encoder = this.#copying();
+    for (const { buffer, at } of to) encoder.copyBufferToBuffer(from, at, buffer, 0, buffer.size);
+    for (const tensor of [...parts, whole]) this.backend.commandQueueOwnedIds.add(tensor.dataId);
+  }
+
+  /** The buffers of tensors that have elements, each with its place in bytes. */
+  #places(parts: readonly tf.TensorInfo[], offsets: readonly number[]): { buffer: GPUBuffer; at: number }[] {
+    return parts.flatMap((part, i) =>
+      tf.util.sizeFromShape(part.shape) > 0 ? { buffer: this.#buffer(part), at: 4 * offsets[i] } : []
+    );
+  }
+
+  /** The backend's encoder, between passes; call it when everything is uploaded. */
+  #copying(): GPUCommandEncoder {
+    this.backend.ensureCommandEncoderReady();
+    this.backend.endComputePassEncoder();
+    return this.backend.commandEncoder!;
   }
 
   /** Frees what the call made for itself; the backend waits with that until the GPU is done with it. */
@@ -279,15 +393,23 @@ export class KernelCall {
     this.backend.uploadToGPU(tensor.dataId);
     const buffer = this.backend.tensorMap.get(tensor.dataId)?.resource;
     if (!(buffer instanceof GPUBuffer)) throw new TypeError(`${this.name}: a tensor is not on the webgpu backend`);
-    const limit = this.limits.maxStorageBufferBindingSize;
-    if (buffer.size > limit) {
-      throw this.error(
-        `a tensor [${
-          tensor.shape.join(", ")
-        }] of ${buffer.size} bytes is above the ${limit} bytes that a shader of this GPU can bind; use smaller batches`,
-      );
-    }
     return buffer;
+  }
+
+  #binding(x: tf.TensorInfo | TensorWindow): GPUBufferBinding {
+    const buffer = this.#buffer(tensorOf(x));
+    const { offset, size } = "tensor" in x
+      ? { offset: 4 * x.offset, size: 4 * x.size }
+      : { offset: 0, size: buffer.size };
+    if (size > this.bindable) throw this.#tooLarge(`a tensor [${tensorOf(x).shape.join(", ")}]`, size);
+    return { buffer, offset, size };
+  }
+
+  #tooLarge(what: string, bytes: number): MemoryLimitError {
+    return new MemoryLimitError(
+      `${this.name}: ${what} of ${bytes} bytes is above the ${this.bindable} bytes that a shader of this GPU can bind; ` +
+        "use smaller batches",
+    );
   }
 
   #uniforms(program: Compiled, values: Readonly<Record<string, number>>): GPUBuffer {
@@ -299,12 +421,23 @@ export class KernelCall {
       if (type === "u32") view.setUint32(4 * i, value, true);
       else view.setFloat32(4 * i, value, true);
     });
+    const known = this.backend.uniformBuffer?.(view.buffer);
+    if (known) return known;
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     const buffer = this.backend.bufferManager.acquireBuffer(bytes, usage);
     this.backend.queue.writeBuffer(buffer, 0, view.buffer);
     this.backend.uniformPendingDisposal.push(buffer);
     return buffer;
   }
+}
+
+const tensorOf = (x: tf.TensorInfo | TensorWindow): tf.TensorInfo => "tensor" in x ? x.tensor : x;
+
+/** The largest power of two that divides a width, at most {@link ALIGNMENT}. */
+function powerOfTwoIn(width: number): number {
+  let power = 1;
+  while (power < ALIGNMENT && width % (2 * power) === 0) power *= 2;
+  return power;
 }
 
 const software = new WeakMap<GPUDevice, boolean>();

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { tf } from "../../deps.ts";
 import { fold } from "./lanes.ts";
-import { attach, KernelCall, runKernel, wgsl } from "./runtime.ts";
-import { swiglu } from "./swiglu.ts";
+import { MemoryLimitError } from "../device_errors.ts";
+import { ALIGNMENT, attach, KernelCall, limitBindings, wgsl } from "./runtime.ts";
 import { call, gpuTest, read, values } from "./testing.ts";
 
 Deno.test("long grids are folded within the limit of every device, and cover all workgroups", () => {
@@ -38,13 +38,50 @@ gpuTest("a folded grid reaches every element of 4,200,001", async () => {
   }
 });
 
-gpuTest("a tensor above the adapter's binding limit is refused with both sizes", () => {
-  const real = attach(tf.backend() as object);
-  const limits = { maxStorageBufferBindingSize: 1024, maxComputeWorkgroupsPerDimension: 65535 };
-  const small = Object.create(real, { device: { value: { limits } } });
-  const x = tf.zeros([300]);
-  assert.throws(() => runKernel(swiglu[0], small, { gate: x, up: x }, {}), /\[300\] of 1200 bytes is above the 1024/);
-  x.dispose();
+gpuTest("what cannot be bound even in windows is refused with both sizes", () => {
+  limitBindings(1024);
+  const x = tf.zeros([40, 300]), w = tf.zeros([300]);
+  try {
+    assert.throws(() => call("MgpoRmsNorm", { x, w }, { eps: 1e-6 }), (error: Error) => {
+      assert.ok(error instanceof MemoryLimitError);
+      assert.match(
+        error.message,
+        /MgpoRmsNorm: 16 rows of 300 numbers, together of 19200 bytes is above the 1024 bytes/,
+      );
+      return true;
+    });
+  } finally {
+    limitBindings();
+    tf.dispose([x, w]);
+  }
+});
+
+gpuTest("windows cover all rows, begin where bindings may, and are one where all fits", () => {
+  const kernel = new KernelCall("Mgpo", attach(tf.backend() as object), {}, {});
+  try {
+    for (
+      const [rows, widths, limit, multiple] of [[1000, [64], 65536, 1], [1000, [3, 192], 60_000, 4], [
+        7,
+        [5],
+        256,
+        1,
+      ]] as const
+    ) {
+      limitBindings(limit);
+      const runs = kernel.windows(rows, widths, multiple);
+      let next = 0;
+      for (const { first, count } of runs) {
+        assert.equal(first, next);
+        assert.ok(count > 0 && first % multiple === 0);
+        for (const width of widths) assert.ok(first * width % ALIGNMENT === 0 && 4 * count * width <= limit);
+        next += count;
+      }
+      assert.equal(next, rows);
+      assert.equal(runs.length === 1, 4 * rows * Math.max(...widths) <= limit);
+    }
+  } finally {
+    limitBindings();
+  }
 });
 
 gpuTest("a kernel call names missing and wrong inputs", () => {

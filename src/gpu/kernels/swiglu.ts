@@ -9,7 +9,7 @@
  * @module
  */
 import { tf } from "../../deps.ts";
-import { element, elements, ELEMENTWISE, packed } from "./lanes.ts";
+import { dispatchElements, element, ELEMENTWISE, packed } from "./lanes.ts";
 import type { Kernel, KernelCall } from "./runtime.ts";
 
 /** Both kernels. */
@@ -34,7 +34,7 @@ function forward(call: KernelCall): tf.TensorInfo {
 let g = gate[i];
 y[i] = g * up[i] * (${sigmoid(type)});`,
   } as const);
-  call.dispatch(`${call.name} ${type}`, make, [gate, up, y], { size: size / count }, elements(size / count));
+  dispatchElements(call, `${call.name} ${type}`, make, [gate, up, y], { total: size, step: count });
   return y;
 }
 
@@ -57,7 +57,6 @@ let d = dy[i] * s;
 dgate[i] = d * up[i] * (1.0 + g * (1.0 - s));
 dup[i] = d * g;`,
   } as const);
-  const tensors = [gate, up, dy, ...outputs];
-  call.dispatch(`${call.name} ${type}`, make, tensors, { size: size / count }, elements(size / count));
+  dispatchElements(call, `${call.name} ${type}`, make, [gate, up, dy, ...outputs], { total: size, step: count });
   return outputs;
 }
