@@ -52,10 +52,20 @@ const line = (cells: readonly string[]) => `| ${cells.join(" | ")} |`;
 const table = (head: readonly string[], body: readonly (readonly string[])[]) =>
   [line(head), line(head.map(() => "---")), ...body.map(line)].join("\n");
 
+/** Whether `hit_ratio/two_turn` says of every method no more than `hit_ratio` does. Accuracies stay, whatever they are. */
+function isRepeated(rows: readonly ResultRow[], metric: string): boolean {
+  const [name, protocol] = metric.split("/");
+  if (!protocol || name === "accuracy") return false;
+  const meanOf = (method: string, metric: string) =>
+    rows.find((row) => row.method === method && row.metric === metric)?.mean;
+  return rows.filter((row) => row.metric === metric).every((row) => row.mean === meanOf(row.method, name));
+}
+
 /** One table a split: a row a method, a column a metric. */
 function splitTable(results: Results, split: string): string {
   const rows = results.rows.filter((row) => row.split === split);
-  const metrics = [...new Set(rows.map((row) => row.metric))], methods = [...new Set(rows.map((row) => row.method))];
+  const methods = [...new Set(rows.map((row) => row.method))];
+  const metrics = [...new Set(rows.map((row) => row.metric))].filter((metric) => !isRepeated(rows, metric));
   const body = methods.map((method) => [
     method,
     ...metrics.map((metric) => {
@@ -74,7 +84,7 @@ function comparisonTable({ comparisons }: Results): string {
     split,
     metric,
     `${number(difference, true)} [${number(ci95[0], true)}, ${number(ci95[1], true)}]`,
-    p < 1e-4 ? p.toExponential(0) : p.toPrecision(2),
+    p === 0 ? "< 1e-300" : p < 1e-4 ? p.toExponential(0) : p.toPrecision(2),
     test,
   ]);
   return table(["", "split", "metric", "difference [95 %]", "p", "test"], body);
