@@ -38,6 +38,7 @@ export const experimentTable = optionTable({
   runs: { kind: "string", value: "DIR", default: "runs/experiments", help: "Where runs and evaluations are kept." },
   backend: sourceTable.backend,
   kernels: sourceTable.kernels,
+  threads: sourceTable.threads,
   help: { kind: "boolean", default: false, help: "Print this." },
 });
 
@@ -94,7 +95,10 @@ export async function runExperiments(
     return 0;
   }
   useKernels(task.kernels);
-  const backend = await chooseBackend(task.backend, { onLost: (message) => progress.log(`error: ${message}`) });
+  const backend = await chooseBackend(task.backend, {
+    threads: task.threads,
+    onLost: (message) => progress.log(`error: ${message}`),
+  });
   const place: Workplace = { runs: task.runs, backend: backend.backend, kernels: task.kernels };
   if (task.list) {
     progress.log(await listOf(chosen, task, place));

@@ -38,6 +38,7 @@ const DASHES = ["", "5 3", "1.5 3", "8 3 2 3"];
 
 interface Line {
   series: number;
+  metric: string;
   name: string;
   dash: string;
   points: CurvePoint[];
@@ -53,7 +54,7 @@ export function drawChart(spec: ChartSpec, series: readonly Series[], id: string
     spec.metrics.flatMap(({ name, label }, m) => {
       const points = curveOf(one, name);
       return points.length > 0
-        ? [{ series: i, name: label ? `${one.name}, ${label}` : one.name, dash: DASHES[m % DASHES.length], points }]
+        ? [{ series: i, metric: name, name: label ? `${one.name}, ${label}` : one.name, dash: DASHES[m % DASHES.length], points }]
         : [];
     })
   );
@@ -69,10 +70,11 @@ export function drawChart(spec: ChartSpec, series: readonly Series[], id: string
   const scale = svg.scale("x")!, [from, to] = scale.domain as number[], [left, right] = scale.range as number[];
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `${spec.title} by step: ${lines.map(summary).join("; ")}`);
-  const keys = spec.metrics.filter((metric) => metric.label && lines.some((line) => line.name.endsWith(metric.label!)));
+  const keys = spec.metrics.map(({ name, label = "" }, i) => ({ label, dash: DASHES[i % DASHES.length], name }))
+    .filter(({ name }) => lines.some((line) => line.metric === name));
   const markup = html`
     <figure class="chart${spec.isLarge ? " large" : ""}" id="${id}" tabindex="0" role="group" aria-label="${spec.title}">
-      <figcaption><b>${spec.title}</b> <span>${spec.about}</span>${keys.length > 1 && dashKey(spec)}</figcaption>
+      <figcaption><b>${spec.title}</b> <span>${spec.about}</span>${keys.length > 1 && dashKey(keys)}</figcaption>
       ${new Markup(svg.outerHTML)}
       <div class="readout" hidden></div>
     </figure>`;
@@ -85,12 +87,10 @@ export function drawChart(spec: ChartSpec, series: readonly Series[], id: string
 }
 
 /** Which metric is drawn how. */
-function dashKey({ metrics }: ChartSpec): Markup {
+function dashKey(keys: readonly { label: string; dash: string }[]): Markup {
   return html`<span class="dashes">${
-    metrics.map(({ label }, i) =>
-      html`<span><svg width="26" height="8" aria-hidden="true"><line x1="1" x2="25" y1="4" y2="4" stroke="currentColor" stroke-width="1.8" stroke-dasharray="${
-        DASHES[i % DASHES.length]
-      }"/></svg> ${label}</span>`
+    keys.map(({ label, dash }) =>
+      html`<span><svg width="26" height="8" aria-hidden="true"><line x1="1" x2="25" y1="4" y2="4" stroke="currentColor" stroke-width="1.8" stroke-dasharray="${dash}"/></svg> ${label}</span>`
     )
   }</span>`;
 }

@@ -5,7 +5,7 @@
  * @module
  */
 import { type Chart, type ChartSpec, drawChart, drawPhases, phaseLegend } from "./charts.ts";
-import { escapeText, html, Markup, scriptJson } from "./markup.ts";
+import { html, Markup, scriptJson } from "./markup.ts";
 import { cards, problemList, runTable, settingsList } from "./overview.ts";
 import browserScript from "./page/browser.js" with { type: "text" };
 import chartScript from "./page/charts.js" with { type: "text" };
@@ -69,17 +69,17 @@ const CURVES: readonly ChartSpec[] = [
   },
   { title: "Gradient norm", about: "before clipping", unit: "number", metrics: [{ name: "grad_norm" }] },
   { title: "Loss", about: "of the policy; cross-entropy for SFT", unit: "number", metrics: [{ name: "policy_loss" }] },
-  { title: "Crop area", about: "share of the picture", unit: "share", metrics: [{ name: "crop/area_ratio" }] },
+  { title: "Crop area", about: "share of the picture", unit: "number", metrics: [{ name: "crop/area_ratio" }] },
   { title: "Speed", about: "tokens a second", unit: "number", metrics: [{ name: "tokens_per_s" }] },
 ];
 
 /**
  * Writes a report.
  *
- * @returns The HTML, and what it tells of problems.
+ * @returns The HTML, the runs with their problems, and the time that the page says of itself.
  * @throws {InputError} if no run can be read.
  */
-export async function renderReport(options: ReportOptions): Promise<{ html: string; runs: ReportRun[] }> {
+export async function renderReport(options: ReportOptions): Promise<{ html: string; runs: ReportRun[]; written: string }> {
   const { runs, problems } = await readRuns(options.runs);
   const series = groupRuns(runs), rollouts = await collectRollouts(runs, options.rollouts ?? DEFAULT_ROLLOUTS);
   const results = options.results === undefined ? [] : await readResults(options.results);
@@ -96,7 +96,8 @@ export async function renderReport(options: ReportOptions): Promise<{ html: stri
   }
       ${browserSection(rollouts)}
     </main>`;
-  const script = await pageScript(), data = pageData(runs, series, charts, rollouts, options.live ?? false);
+  const script = await pageScript(), written = new Date().toISOString();
+  const data = pageData(runs, series, charts, rollouts, { live: options.live ?? false, written });
   const policy = `default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src '${script.hash}'; ` +
     "connect-src 'self'; base-uri 'none'; form-action 'none'";
   const page = html`<!doctype html>
@@ -126,7 +127,7 @@ ${
 </body>
 </html>
 `;
-  return { html: page.text, runs };
+  return { html: page.text, runs, written };
 }
 
 function curveSection(charts: readonly Chart[], series: readonly Series[], runs: readonly ReportRun[]): Markup {
@@ -183,11 +184,11 @@ function pageData(
   series: readonly Series[],
   charts: readonly Chart[],
   { rollouts, texts }: PageRollouts,
-  live: boolean,
+  { live, written }: { live: boolean; written: string },
 ): Markup {
   return scriptJson({
     live,
-    written: new Date().toISOString(),
+    written,
     runs: runs.map((run) => {
       const at = series.findIndex((one) => one.runs.includes(run));
       return { name: run.name, series: at, method: series[at].name };
@@ -211,5 +212,5 @@ async function pageScript(): Promise<{ text: string; hash: string }> {
 /** Names a report by what is in it. */
 export function reportTitle(paths: readonly string[]): string {
   const name = paths.length === 1 ? paths[0].replace(/[/\\]+$/, "").split(/[/\\]/).at(-1) : undefined;
-  return name ? `MGPO report: ${escapeText(name)}` : "MGPO report";
+  return name ? `MGPO report: ${name}` : "MGPO report";
 }

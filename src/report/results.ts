@@ -52,16 +52,17 @@ export function resultTables(file: ResultFile): Markup {
   const rows = asList(value.rows).map(readRow).filter((row) => row !== undefined);
   const comparisons = asList(value.comparisons).map(asObject).filter((row) => row !== undefined);
   const dropped = asList(value.rows).length - rows.length, missing = asList(value.missing);
-  const seeds = asList(value.seeds), commit = asText(value.commit)?.slice(0, 10);
+  const other = rows.filter((row) => row.metric.includes("/")), seeds = asList(value.seeds), commit = asText(value.commit)?.slice(0, 10);
   return html`
     <article class="result">
       <h3>${asText(value.name) ?? name}</h3>
       <p class="muted">${asText(value.about)}</p>
-      ${[...new Set(rows.map((row) => row.split))].map((split) => splitTable(rows.filter((row) => row.split === split), split))}
+      ${splitTables(rows.filter((row) => !row.metric.includes("/")))}
       ${comparisons.length > 0 && comparisonTable(comparisons)}
       <p class="muted small">Mean ± standard deviation over seeds; 95 % intervals in brackets.
         ${seeds.length > 0 && html`Seeds ${seeds.join(", ")}.`} ${commit && html`Commit ${commit}.`}
         <code>${asText(value.command)}</code></p>
+      ${other.length > 0 && html`<details><summary>asked in other ways</summary>${splitTables(other)}</details>`}
       ${missing.length > 0 && html`<p class="problem">Not complete: ${missing.length} parts are missing, e.g. ${String(missing[0])}.</p>`}
       ${dropped > 0 && html`<p class="problem">${dropped} rows without method, metric or mean are left out.</p>`}
     </article>`;
@@ -72,6 +73,11 @@ function readRow(value: unknown): Row | undefined {
   const [method, split, metric] = [row?.method, row?.split, row?.metric].map(asText);
   if (method === undefined || split === undefined || metric === undefined || mean === undefined) return undefined;
   return { method, split, metric, mean, sd: asNumber(row?.sd), ci95: asNumbers(row?.ci95, 2), n: asNumber(row?.n) };
+}
+
+function splitTables(rows: readonly Row[]): Markup[] {
+  const splits = [...new Set(rows.map((row) => row.split))];
+  return splits.map((split) => splitTable(rows.filter((row) => row.split === split), split));
 }
 
 /** Metrics down, methods across: there are more metrics than methods. The best of a row is bold where larger is better. */

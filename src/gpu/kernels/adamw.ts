@@ -14,7 +14,7 @@
  * @module
  */
 import { tf } from "../../deps.ts";
-import { element, elements, ELEMENTWISE, packed } from "./lanes.ts";
+import { dispatchElements, element, ELEMENTWISE, packed } from "./lanes.ts";
 import type { Kernel, KernelCall } from "./runtime.ts";
 
 /** The kernel. */
@@ -44,7 +44,7 @@ function step(call: KernelCall): tf.TensorInfo {
   const [correction1, correction2] = [call.number("correction1"), call.number("correction2")];
   const done = call.zeros([]), total = tf.util.sizeFromShape(param.shape);
   if (total === 0) return done;
-  const { type, count } = packed(total), size = total / count;
+  const { type, count } = packed(total);
   const make = () => ({
     storage: [
       ...["param", "m", "v"].map((name) => ({ name, type, write: true })),
@@ -61,7 +61,7 @@ ${update("u.decay", "u.rate")}`,
   for (const tensor of [param, m, v]) call.overwrite(tensor);
   const moments = { beta1, rest1: 1 - beta1, beta2, rest2: 1 - beta2 };
   const rates = { rate: lr / correction1, denominator: 1 / Math.sqrt(correction2), eps };
-  const uniforms = { size, decay: 1 - lr * weightDecay, clip, ...moments, ...rates };
-  call.dispatch(`${call.name} ${type}`, make, [param, m, v, grad], uniforms, elements(size));
+  const uniforms = { decay: 1 - lr * weightDecay, clip, ...moments, ...rates };
+  dispatchElements(call, `${call.name} ${type}`, make, [param, m, v, grad], { total, step: count }, uniforms);
   return done;
 }

@@ -11,6 +11,8 @@
  * `MgpoFlatten` size; for `MgpoAdamWAll` lr, one for each parameter, and the others of `MgpoAdamW`, whose formula and order of
  * operations hold, so that the results are the same bit for bit.
  *
+ * An arena larger than a shader can bind takes a dispatch for each run of parameters that fits.
+ *
  * Cost: 4 reads and 3 writes per element, and a read and a write for each copy (gradients in; parameters in and out).
  *
  * @module
@@ -87,22 +89,59 @@ function step(call: KernelCall): tf.TensorInfo {
   const { tensors, offsets } = members(call, "param", m.shape[0]), lr = call.numbers("lr");
   const [beta1, beta2, eps, clip] = ["beta1", "beta2", "eps", "clipScale"].map((name) => call.number(name));
   const [weightDecay, correction1] = [call.number("weightDecay"), call.number("correction1")];
-  const done = call.zeros([]), total = tensors.reduce((sum, tensor) => sum + shares(tensor), 0);
-  if (total === 0) return done;
+  const done = call.zeros([]);
+  const parts = tensors.map((tensor, i): Part => {
+    return {
+      at: offsets[i] / SHARE,
+      shares: shares(tensor),
+      decay: 1 - lr[i] * weightDecay,
+      rate: lr[i] / correction1,
+    };
+  }).filter(({ shares }) => shares > 0);
+  if (parts.length === 0) return done;
   const whole = call.temporary(m.shape);
   call.gather(tensors, whole, offsets);
   for (const moment of [m, v]) call.overwrite(moment);
-  const table = new Int32Array(ROW * tensors.length), floats = new Float32Array(table.buffer);
-  let first = 0;
-  tensors.forEach((tensor, i) => {
-    table.set([first, offsets[i] / SHARE], ROW * i);
-    floats.set([1 - lr[i] * weightDecay, lr[i] / correction1], ROW * i + 2);
-    first += shares(tensor);
-  });
   const moments = { beta1, rest1: 1 - beta1, beta2, rest2: 1 - beta2, eps };
   const denominator = 1 / Math.sqrt(call.number("correction2"));
-  const uniforms = { parts: tensors.length, shares: total, clip, denominator, ...moments };
-  call.dispatch(call.name, shader, [whole, m, v, grad, call.upload(table)], uniforms, fold(total));
+  for (const run of runsOf(parts, Math.floor(call.bindable / (4 * SHARE)))) {
+    const [first] = run, last = run.at(-1)!, total = run.reduce((sum, { shares }) => sum + shares, 0);
+    const [offset, size] = [SHARE * first.at, SHARE * (last.at + last.shares - first.at)];
+    const windows = [whole, m, v, grad].map((tensor) => ({ tensor, offset, size }));
+    const uniforms = { parts: run.length, shares: total, clip, denominator, ...moments };
+    call.dispatch(call.name, shader, [...windows, call.upload(tableOf(run))], uniforms, fold(total));
+  }
   call.scatter(whole, offsets, tensors);
   return done;
+}
+
+/** A parameter in an arena; `at` and `shares` count workgroups. */
+interface Part {
+  readonly at: number;
+  readonly shares: number;
+  readonly decay: number;
+  readonly rate: number;
+}
+
+/** Cuts parts into runs that lie within `most` shares; one run where an arena can be bound whole. */
+function runsOf(parts: readonly Part[], most: number): Part[][] {
+  const runs: Part[][] = [];
+  for (const part of parts) {
+    const run = runs.at(-1);
+    if (run && part.at + part.shares - run[0].at <= most) run.push(part);
+    else runs.push([part]);
+  }
+  return runs;
+}
+
+/** For each part the first workgroup of its own, where it begins in the window, its decay and its rate. */
+function tableOf(run: readonly Part[]): Int32Array {
+  const table = new Int32Array(ROW * run.length), floats = new Float32Array(table.buffer);
+  let group = 0;
+  run.forEach(({ at, shares, decay, rate }, i) => {
+    table.set([group, at - run[0].at], ROW * i);
+    floats.set([decay, rate], ROW * i + 2);
+    group += shares;
+  });
+  return table;
 }

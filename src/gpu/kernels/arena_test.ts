@@ -3,6 +3,7 @@ import { tf } from "../../deps.ts";
 import { AdamW, applyAdamW } from "../../mgpo.ts";
 import { loadPolicy } from "../../policy/load.ts";
 import { hasFused, useKernels } from "../../policy/ops.ts";
+import { limitBindings } from "./runtime.ts";
 import { call, gpuTest, type Plain, read, run, tensorsOf, values } from "./testing.ts";
 
 const SHARE = 256;
@@ -86,6 +87,40 @@ gpuTest(
     tf.dispose([...Object.values(whole), ...together, ...single.flatMap((x) => Object.values(x))]);
   },
 );
+
+gpuTest("an arena that cannot be bound whole is stepped in windows, with the same result bit for bit", async () => {
+  const { offsets, size } = layout(), params = shapes.map((shape, i) => values(shape, i));
+  const moments = { m: values([size], 20, 0.1), v: { data: new Float32Array(size).fill(0.01), shape: [size] } };
+  const rates = {
+    beta1: 0.9,
+    beta2: 0.98,
+    eps: 1e-8,
+    weightDecay: 0.1,
+    clipScale: 0.7,
+    correction1: 0.1,
+    correction2: 0.02,
+  };
+  const step = async (limit?: number) => {
+    const tensors = tensorsOf({ ...Object.fromEntries(params.map((x, i) => [`param${i}`, x])), ...moments });
+    const { grad } = tensorsOf({ grad: values([size], 22) });
+    using dispatches = new DispatchCount();
+    limitBindings(limit);
+    try {
+      tf.dispose(
+        call("MgpoAdamWAll", { ...tensors, grad }, { ...rates, offsets, lr: offsets.map((_, i) => 0.01 * (i + 1)) }),
+      );
+    } finally {
+      limitBindings();
+    }
+    const { count } = dispatches, after = await read(Object.values(tensors));
+    tf.dispose([grad, ...Object.values(tensors)]);
+    return { count, after };
+  };
+  const whole = await step(), windowed = await step(4 * 4 * SHARE);
+  assert.equal(whole.count, 1);
+  assert.ok(windowed.count > 2);
+  assert.deepEqual(windowed.after, whole.after);
+});
 
 gpuTest("lists that do not fit their arena are refused by name", async () => {
   const x = values([300], 1);

@@ -112,6 +112,24 @@ for (const { name, inputs, attrs = {}, limits, tolerance = 0 } of cases) {
   });
 }
 
+gpuTest("MgpoAdamW in windows: the same bits", async () => {
+  const step = { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, correction1: 0.1, correction2: 0.05 };
+  const changed = async (limit?: number) => {
+    const [param, m, grad] = [1, 2, 3].map((seed) => tf.tensor(values([5, 4099], seed).data, [5, 4099]));
+    const v = tf.tidy(() => tf.square(tf.tensor(values([5, 4099], 4).data, [5, 4099])));
+    limitBindings(limit);
+    try {
+      tf.dispose(call("MgpoAdamW", { param, m, v, grad }, { ...step, clipScale: 0.5 }));
+      return await read([param, m, v]);
+    } finally {
+      limitBindings();
+      tf.dispose([param, m, v, grad]);
+    }
+  };
+  const whole = await changed();
+  for (const limit of [64 * KIB, 30 * KIB, 1 * KIB]) assert.deepEqual(await changed(limit), whole);
+});
+
 // Windows of rows whose width is odd have at least 64 rows.
 for (
   const [rows, columns, depth, limits] of [
