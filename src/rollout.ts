@@ -661,7 +661,9 @@ export async function demonstrate(
   for (let turn = 0; turn < turns; turn++) {
     const last = turn === turns - 1, { inputSize, pictureSize } = trajectory;
     if (turn > 0) ask(policy, row, last, settings);
-    const text = last ? said(answer, inputSize) : ground(boxAround(sample.boxes!, inputSize, pictureSize, settings), inputSize);
+    const text = last
+      ? said(answer, inputSize)
+      : ground(boxAround(sample.boxes!, inputSize, pictureSize, settings), inputSize);
     const ids = [...policy.encode(text), ...policy.stopTokens.slice(0, 1)];
     hear(policy, row, { ids, logprobs: ids.map(() => 0), finish: "stop" }, !last, settings);
     const { invalid, box } = trajectory.turns[turn];

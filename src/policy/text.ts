@@ -147,8 +147,7 @@ function recomputedBlock(
   return recomputed(
     x,
     { weights: [...known.values()], constants: [cos, sin] },
-    (x, [cos, sin]) =>
-      decoderBlock(x, config, own, layer, { cos: cos as tf.Tensor2D, sin: sin as tf.Tensor2D }, mix),
+    (x, [cos, sin]) => decoderBlock(x, config, own, layer, { cos: cos as tf.Tensor2D, sin: sin as tf.Tensor2D }, mix),
   );
 }
 
