@@ -24,6 +24,10 @@ export interface Comparison {
   a: string;
   b: string;
   metric: string;
+  /** A paired t over seeds beside it. */
+  overSeeds?: { p: number };
+  /** Where `b` was looked at by another metric. */
+  metricOfB?: string;
   split: string;
   difference: number;
   ci95: [number, number];
@@ -79,10 +83,10 @@ function splitTable(results: Results, split: string): string {
 }
 
 function comparisonTable({ comparisons }: Results): string {
-  const body = comparisons.map(({ a, b, metric, split, difference, ci95, p, test }) => [
+  const body = comparisons.map(({ a, b, metric, metricOfB, split, difference, ci95, p, test }) => [
     `${a} − ${b}`,
     split,
-    metric,
+    metricOfB ? `${metric} − ${metricOfB}` : metric,
     `${number(difference, true)} [${number(ci95[0], true)}, ${number(ci95[1], true)}]`,
     p === 0 ? "< 1e-300" : p < 1e-4 ? p.toExponential(0) : p.toPrecision(2),
     test,
