@@ -7,7 +7,7 @@ import { tf } from "../deps.ts";
 import { InputError } from "../run/errors.ts";
 import { type Checkpoint, expectedTensors, openCheckpoint, parseJson, saveCheckpoint } from "./checkpoint.ts";
 import { ImageProcessor } from "./image_processor.ts";
-import { QwenPolicy } from "./qwen.ts";
+import { type QwenParts, QwenPolicy } from "./qwen.ts";
 import { tinySha256 } from "./tiny_manifest.ts";
 import { Tokenizer } from "./tokenizer.ts";
 
@@ -66,14 +66,8 @@ export async function policyFromCheckpoint(
   name: string,
   options: LoadOptions = {},
 ): Promise<QwenPolicy> {
-  const { config, files } = checkpoint;
-  const processor = new ImageProcessor(fileJson(checkpoint, "preprocessor_config.json"), {
-    where: `${checkpoint.where}/preprocessor_config.json`,
-    minPixels: options.minPixels,
-    maxPixels: options.maxPixels,
-  });
-  const tokenizer = Tokenizer.fromFiles(files, checkpoint.where);
-  const parameters = new Map<string, tf.Variable>(), total = expectedTensors(config).size;
+  const parts = withoutWeights(checkpoint, name, options);
+  const parameters = new Map<string, tf.Variable>(), total = expectedTensors(checkpoint.config).size;
   try {
     for await (const { name, shape, data } of checkpoint.tensors()) {
       const initial = tf.tensor(data, [...shape], "float32");
@@ -85,7 +79,23 @@ export async function policyFromCheckpoint(
     for (const variable of parameters.values()) variable.dispose();
     throw error;
   }
-  return new QwenPolicy({
+  return new QwenPolicy({ ...parts, parameters });
+}
+
+/** A policy whose weights are not read: it prepares pictures and encodes text, and nothing else. */
+export function encoderFromCheckpoint(checkpoint: Checkpoint, name: string, options: LoadOptions = {}): QwenPolicy {
+  return new QwenPolicy(withoutWeights(checkpoint, name, options));
+}
+
+function withoutWeights(checkpoint: Checkpoint, name: string, options: LoadOptions): QwenParts {
+  const { config, files } = checkpoint;
+  const processor = new ImageProcessor(fileJson(checkpoint, "preprocessor_config.json"), {
+    where: `${checkpoint.where}/preprocessor_config.json`,
+    minPixels: options.minPixels,
+    maxPixels: options.maxPixels,
+  });
+  const tokenizer = Tokenizer.fromFiles(files, checkpoint.where);
+  return {
     name,
     config,
     stopTokens: config.tokens.eos,
@@ -94,7 +104,7 @@ export async function policyFromCheckpoint(
     ].sort((a, b) => a - b),
     tokenizer,
     processor,
-    parameters,
+    parameters: new Map(),
     save: (folder, tensors) => saveCheckpoint(folder, { tensors, configFiles: files }),
-  });
+  };
 }

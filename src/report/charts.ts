@@ -6,7 +6,7 @@
  */
 import { areaY, dot, lineY, parseHTML, plot, ruleY } from "../deps_report.ts";
 import { html, Markup } from "./markup.ts";
-import { type CurvePoint, curveOf, type Series } from "./series.ts";
+import { curveOf, type CurvePoint, type Series } from "./series.ts";
 
 /** A chart of one or more metrics by step. */
 export interface ChartSpec {
@@ -25,7 +25,11 @@ export interface ChartData {
   id: string;
   /** Steps at the left and right end, and where those are in the SVG's own units. */
   x: readonly [from: number, to: number, left: number, right: number];
-  lines: { series: number; name: string; points: (readonly [step: number, mean: number, low: number, high: number, n: number])[] }[];
+  lines: {
+    series: number;
+    name: string;
+    points: (readonly [step: number, mean: number, low: number, high: number, n: number])[];
+  }[];
 }
 
 /** A chart ready to be put into the page. */
@@ -54,7 +58,13 @@ export function drawChart(spec: ChartSpec, series: readonly Series[], id: string
     spec.metrics.flatMap(({ name, label }, m) => {
       const points = curveOf(one, name);
       return points.length > 0
-        ? [{ series: i, metric: name, name: label ? `${one.name}, ${label}` : one.name, dash: DASHES[m % DASHES.length], points }]
+        ? [{
+          series: i,
+          metric: name,
+          name: label ? `${one.name}, ${label}` : one.name,
+          dash: DASHES[m % DASHES.length],
+          points,
+        }]
         : [];
     })
   );
@@ -73,11 +83,13 @@ export function drawChart(spec: ChartSpec, series: readonly Series[], id: string
   const keys = spec.metrics.map(({ name, label = "" }, i) => ({ label, dash: DASHES[i % DASHES.length], name }))
     .filter(({ name }) => lines.some((line) => line.metric === name));
   const markup = html`
-    <figure class="chart${spec.isLarge ? " large" : ""}" id="${id}" tabindex="0" role="group" aria-label="${spec.title}">
+    <figure class="chart${spec.isLarge ? " large" : ""}" id="${id}" tabindex="0" role="group" aria-label="${spec
+      .title}">
       <figcaption><b>${spec.title}</b> <span>${spec.about}</span>${keys.length > 1 && dashKey(keys)}</figcaption>
       ${new Markup(svg.outerHTML)}
       <div class="readout" hidden></div>
-    </figure>`;
+    </figure>
+  `;
   const data = lines.map(({ series, name, points }) => ({
     series,
     name,
@@ -99,9 +111,7 @@ function marksOf({ series, dash, points }: Line) {
   const colour = `var(--s${series % 8})`, className = `series series-${series}`;
   const several = points.some((point) => point.n > 1);
   return [
-    ...several
-      ? [areaY(points, { x: "step", y1: "low", y2: "high", fill: colour, fillOpacity: 0.16, className })]
-      : [],
+    ...several ? [areaY(points, { x: "step", y1: "low", y2: "high", fill: colour, fillOpacity: 0.16, className })] : [],
     lineY(points, {
       ...{ x: "step", y: "mean", stroke: colour, strokeWidth: 1.8, strokeLinejoin: "round", className },
       ...dash ? { strokeDasharray: dash } : {},
@@ -112,7 +122,10 @@ function marksOf({ series, dash, points }: Line) {
 }
 
 /** Phases of a step, from the bottom of the stack to its top. */
-const PHASES = [["timing_s/rollout", "sampling"], ["timing_s/update", "update"], ["timing_s/eval", "evaluation"]] as const;
+const PHASES = [["timing_s/rollout", "sampling"], ["timing_s/update", "update"], [
+  "timing_s/eval",
+  "evaluation",
+]] as const;
 
 /**
  * Seconds of a step by what they were spent on, one chart a series, stacked.
@@ -131,7 +144,15 @@ export function drawPhases(series: readonly Series[]): Markup[] {
     }
     layers.push(totals.map(({ step, mean }, i) => ({ step, y1: base[i], y2: Math.max(base[i], mean) })));
     const svg = plot({
-      ...{ document: emptyDocument(), width: 380, height: 190, marginLeft: 44, marginRight: 12, marginTop: 14, marginBottom: 34 },
+      ...{
+        document: emptyDocument(),
+        width: 380,
+        height: 190,
+        marginLeft: 44,
+        marginRight: 12,
+        marginTop: 14,
+        marginBottom: 34,
+      },
       style: { fontFamily: "inherit", fontSize: "11px", background: "none" },
       x: { label: "step", labelArrow: "none", labelAnchor: "right", tickFormat: wholeSteps },
       y: { label: null, grid: true, domain: [0, most || 1], nice: true },
@@ -142,8 +163,11 @@ export function drawPhases(series: readonly Series[]): Markup[] {
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", `Seconds of a step by phase, ${one.name}`);
     return [html`
-      <figure class="chart series series-${index}"><figcaption><b>Time by phase</b> <span>${one.name}: seconds of a step</span></figcaption>
-      ${new Markup(svg.outerHTML)}</figure>`];
+      <figure
+        class="chart series series-${index}"><figcaption><b>Time by phase</b> <span>${one
+          .name}: seconds of a step</span></figcaption>
+      ${new Markup(svg.outerHTML)}</figure>
+    `];
   });
 }
 
@@ -181,7 +205,9 @@ function valueDomain({ unit }: ChartSpec, lines: readonly Line[]) {
 }
 
 function tickFormat({ unit }: ChartSpec): ((value: number) => string) | undefined {
-  return unit === "share" ? (value) => value === 0 || value === 1 ? String(value) : value.toFixed(1).slice(1) : undefined;
+  return unit === "share"
+    ? (value) => value === 0 || value === 1 ? String(value) : value.toFixed(1).slice(1)
+    : undefined;
 }
 
 /** For those who can't see the chart. */

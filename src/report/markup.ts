@@ -26,7 +26,13 @@ function markupOf(value: Content): string {
   return typeof value === "object" ? value.map(markupOf).join("") : escapeText(String(value));
 }
 
-const entities: Readonly<Record<string, string>> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+const entities: Readonly<Record<string, string>> = {
+  "&": "&amp;",
+  "<": "&lt;",
+  ">": "&gt;",
+  '"': "&quot;",
+  "'": "&#39;",
+};
 
 /** Text as it may stand in an element or a quoted attribute; a half of a surrogate pair becomes U+FFFD. */
 export function escapeText(text: string): string {

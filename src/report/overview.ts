@@ -17,7 +17,12 @@ interface Change {
 /** From the final comparison if there is one, else from the evaluations in between; the base is that of step 0. */
 function changeOf(run: ReportRun, measure: "accuracy" | "valid" | "hit", metric: string): Change {
   const final = (side: string) =>
-    asNumber(asObject(asObject(asObject(asObject(run.result)?.[side])?.[run.settings.turns === 1 ? "oneTurn" : "grounded"])?.[measure])?.value);
+    asNumber(
+      asObject(
+        asObject(asObject(asObject(run.result)?.[side])?.[run.settings.turns === 1 ? "oneTurn" : "grounded"])
+          ?.[measure],
+      )?.value,
+    );
   const whole: Change = { before: final("base"), after: final("trained") };
   if (whole.after !== undefined) return whole;
   return { before: run.records.get(0)?.[metric], after: lastValue(run, metric, 1) };
@@ -33,7 +38,9 @@ export function cards(series: readonly Series[]): Markup {
       const seeds = one.runs.length === 1 ? "1 run" : `${one.runs.length} runs`;
       return html`<div class="card series-colour-${i % 8}"><h3>${one.name}</h3>
         <p class="figure">${accuracy.after === undefined ? "–" : percent(accuracy.after)}<small>${
-        accuracy.before !== undefined && html` from ${percent(accuracy.before)}`
+        accuracy.before !== undefined && html`
+          from ${percent(accuracy.before)}
+        `
       }</small></p><p class="muted">held-out accuracy, ${seeds}</p>
         ${one.grounds && html`<p class="pairs">${pair("valid boxes", valid)}${pair("crops that hit", hit)}</p>`}</div>`;
     })
@@ -64,7 +71,9 @@ export function runTable(series: readonly Series[]): Markup {
       return html`<tr><th scope="row" title="${run.path}">${run.name}</th>
         <td><i class="swatch series-colour-${i % 8}"></i>${one.method}</td><td>${asCount(settings.seed)}</td>
         <td>${asText(data?.name) ?? asText(settings.data)}</td>
-        <td>${run.steps}${planned !== undefined && planned !== run.steps && html`<span class="muted"> of ${planned}</span>`}</td>
+        <td>${run.steps}${
+        planned !== undefined && planned !== run.steps && html`<span class="muted"> of ${planned}</span>`
+      }</td>
         ${
         [
           changeOf(run, "accuracy", "eval/accuracy"),
@@ -75,33 +84,52 @@ export function runTable(series: readonly Series[]): Markup {
       }<td>${seconds > 0 ? duration(seconds) : "–"}</td></tr>`;
     })
   );
-  return html`<div class="scroll" tabindex="0" role="group" aria-label="runs"><table class="numbers">
-    <thead><tr>${names.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead><tbody>${rows}</tbody></table></div>
-    <p class="muted small">Before → after training on held-out items: the final comparison where there is one, else the base's and the
-    last evaluation. Reward: the first step's and the mean of the last five.</p>`;
+  return html`
+    <div class="scroll" tabindex="0" role="group" aria-label="runs">
+      <table class="numbers">
+        <thead>
+          <tr>${names.map((name) => html`<th scope="col">${name}</th>`)}</tr>
+        </thead>
+        <tbody>${rows}</tbody>
+      </table>
+    </div>
+    <p
+      class="muted small">Before → after training on held-out items: the final comparison where there is one, else the base's and the
+        last evaluation. Reward: the first step's and the mean of the last five.</p>
+  `;
 }
 
 function changeCell({ before, after }: Change): Markup {
   if (after === undefined) return html`<td class="muted">–</td>`;
-  return html`<td>${before !== undefined && html`<span class="muted">${ratio(before)} →</span> `}${ratio(after)}</td>`;
+  return html`<td>${
+    before !== undefined && html`
+      <span class="muted">${ratio(before)} →</span>
+    `
+  }${ratio(after)}</td>`;
 }
 
 /** What is missing or damaged, run by run. */
 export function problemList(runs: readonly ReportRun[], more: readonly string[]): Content {
   const told = runs.filter((run) => run.problems.length > 0);
   if (told.length === 0 && more.length === 0) return undefined;
-  return html`<div class="problems" role="note"><h3>Not everything could be read</h3><ul>${
-    told.map((run) => html`<li><b>${run.name}</b>: ${run.problems.join("; ")}</li>`)
-  }${more.map((problem) => html`<li>${problem}</li>`)}</ul></div>`;
+  return html`
+    <div class="problems" role="note">
+      <h3>Not everything could be read</h3>
+      <ul>${told.map((run) => html`<li><b>${run.name}</b>: ${run.problems.join("; ")}</li>`)}${more.map((problem) =>
+        html`<li>${problem}</li>`
+      )}</ul>
+    </div>
+  `;
 }
 
 /** Every setting of every run, folded away. */
 export function settingsList(runs: readonly ReportRun[]): Markup {
   return html`<details><summary>All settings</summary>${
     runs.map((run) =>
-      html`<h4>${run.name}</h4><pre class="settings">${
-        JSON.stringify({ ...run.settings, environment: run.environment }, null, 1)
-      }</pre>`
+      html`
+        <h4>${run.name}</h4>
+        <pre class="settings">${JSON.stringify({ ...run.settings, environment: run.environment }, null, 1)}</pre>
+      `
     )
   }</details>`;
 }
@@ -115,5 +143,9 @@ function ratio(value: number): string {
 }
 
 function duration(seconds: number): string {
-  return seconds < 90 ? `${seconds.toFixed(0)} s` : seconds < 5400 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  return seconds < 90
+    ? `${seconds.toFixed(0)} s`
+    : seconds < 5400
+    ? `${(seconds / 60).toFixed(1)} min`
+    : `${(seconds / 3600).toFixed(1)} h`;
 }

@@ -16,7 +16,7 @@ import stateScript from "./page/state.js" with { type: "text" };
 import style from "./page/style.css" with { type: "text" };
 import { readResults, resultTables } from "./results.ts";
 import { collectRollouts, type PageRollouts } from "./rollouts.ts";
-import { type ReportRun, readRuns } from "./run_reader.ts";
+import { readRuns, type ReportRun } from "./run_reader.ts";
 import { groupRuns, metricNames, type Series } from "./series.ts";
 
 /** What a report shows. */
@@ -43,11 +43,21 @@ const CURVES: readonly ChartSpec[] = [
     metrics: [{ name: "eval/accuracy" }],
   },
   {
-    ...{ title: "Ratio of valid grounding", about: "in training rollouts (the paper’s Figure 6)", unit: "share", isLarge: true },
+    ...{
+      title: "Ratio of valid grounding",
+      about: "in training rollouts (the paper’s Figure 6)",
+      unit: "share",
+      isLarge: true,
+    },
     metrics: [{ name: "grounding/valid_ratio" }],
   },
   { title: "Reward", about: "mean of a step", unit: "number", metrics: [{ name: "reward/mean" }] },
-  { title: "Hit ratio", about: "training crops that show the target", unit: "share", metrics: [{ name: "grounding/hit_ratio" }] },
+  {
+    title: "Hit ratio",
+    about: "training crops that show the target",
+    unit: "share",
+    metrics: [{ name: "grounding/hit_ratio" }],
+  },
   {
     ...{ title: "Held-out boxes", about: "valid ones, and crops that hit", unit: "share" },
     metrics: [{ name: "eval/valid_ratio", label: "valid" }, { name: "eval/hit_ratio", label: "hit" }],
@@ -60,7 +70,12 @@ const CURVES: readonly ChartSpec[] = [
     ...{ title: "Reply length", about: "tokens by turn", unit: "tokens" },
     metrics: [1, 2, 3, 4].map((n) => ({ name: `completions/mean_length/turn_${n}`, label: `turn ${n}` })),
   },
-  { title: "Replies cut off", about: "by the length limit", unit: "share", metrics: [{ name: "completions/clipped_ratio" }] },
+  {
+    title: "Replies cut off",
+    about: "by the length limit",
+    unit: "share",
+    metrics: [{ name: "completions/clipped_ratio" }],
+  },
   { title: "Entropy", about: "nats a token", unit: "nats", metrics: [{ name: "entropy" }] },
   { title: "KL", about: "to the base policy, nats a token", unit: "nats", metrics: [{ name: "kl" }] },
   {
@@ -79,67 +94,73 @@ const CURVES: readonly ChartSpec[] = [
  * @returns The HTML, the runs with their problems, and the time that the page says of itself.
  * @throws {InputError} if no run can be read.
  */
-export async function renderReport(options: ReportOptions): Promise<{ html: string; runs: ReportRun[]; written: string }> {
+export async function renderReport(
+  options: ReportOptions,
+): Promise<{ html: string; runs: ReportRun[]; written: string }> {
   const { runs, problems } = await readRuns(options.runs);
   const series = groupRuns(runs), rollouts = await collectRollouts(runs, options.rollouts ?? DEFAULT_ROLLOUTS);
   const results = options.results === undefined ? [] : await readResults(options.results);
   const charts = CURVES.flatMap((spec, i) => drawChart(spec, series, `chart-${i}`) ?? []);
-  const title = options.title ?? "MGPO report", main = html`
-    <main>
-      <section id="overview"><h2>Overview</h2>${cards(series)}${problemList(runs, problems)}${runTable(series)}${
-    settingsList(runs)
-  }</section>
-      ${curveSection(charts, series, runs)}
-      ${
-    results.length > 0 &&
-    html`<section id="tables"><h2>Experiments</h2>${results.map(resultTables)}</section>`
-  }
-      ${browserSection(rollouts)}
-    </main>`;
+  const title = options.title ?? "MGPO report",
+    main = html`
+      <main>
+        <section id="overview"><h2>Overview</h2>${cards(series)}${problemList(runs, problems)}${runTable(
+          series,
+        )}${settingsList(runs)}</section>
+        ${curveSection(charts, series, runs)}
+        ${results.length > 0 &&
+          html`<section id="tables"><h2>Experiments</h2>${results.map(resultTables)}</section>`}
+        ${browserSection(rollouts)}
+      </main>
+    `;
   const script = await pageScript(), written = new Date().toISOString();
   const data = pageData(runs, series, charts, rollouts, { live: options.live ?? false, written });
   const policy = `default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src '${script.hash}'; ` +
     "connect-src 'self'; base-uri 'none'; form-action 'none'";
-  const page = html`<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="${new Markup(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>${title}</title>
-<link rel="icon" href="data:,">
-<style>${new Markup(style)}</style>
-</head>
-<body>
-<a class="skip" href="#rollouts">Skip to the rollouts</a>
-<header><h1>${title}</h1><nav aria-label="Sections"><a href="#overview">Overview</a><a href="#curves">Curves</a>${
-    results.length > 0 && html`<a href="#tables">Experiments</a>`
-  }<a href="#rollouts">Rollouts</a></nav><span class="muted" id="live" aria-live="polite"></span></header>
-${main}
-<script type="application/json" id="data">${data}</script>
-${
-    [...rollouts.pictures].map(([name, { type, base64 }]) =>
+  const page = html`
+    <!doctype html>
+    <html lang="en">
+      <head>
+        <meta charset="utf-8">
+        <meta http-equiv="Content-Security-Policy" content="${new Markup(policy)}">
+        <meta name="viewport" content="width=device-width, initial-scale=1">
+        <meta name="color-scheme" content="light dark">
+        <title>${title}</title>
+        <link rel="icon" href="data:,">
+        <style>${new Markup(style)}</style>
+      </head>
+      <body>
+    <a class="skip" href="#rollouts">Skip to the rollouts</a>
+    <header><h1>${title}</h1><nav aria-label="Sections"><a href="#overview">Overview</a><a href="#curves">Curves</a>${results
+          .length > 0 &&
+      html`<a href="#tables">Experiments</a>`}<a href="#rollouts">Rollouts</a></nav><span class="muted" id="live" aria-live="polite"></span></header>
+    ${main}
+    <script type="application/json" id="data">${data}</script>
+    ${[...rollouts.pictures].map(([name, { type, base64 }]) =>
       html`<script type="text/plain" data-picture="${name}" data-type="${type}">${new Markup(base64)}</script>\n`
-    )
-  }
-<script>${new Markup(script.text)}</script>
-</body>
-</html>
-`;
+    )}
+    <script>${new Markup(script.text)}</script>
+      </body>
+    </html>
+  `;
   return { html: page.text, runs, written };
 }
 
 function curveSection(charts: readonly Chart[], series: readonly Series[], runs: readonly ReportRun[]): Markup {
   const drawn = metricNames(runs), phases = drawPhases(series);
-  const absent = CURVES.filter(({ metrics }) => !metrics.some(({ name }) => drawn.has(name))).map(({ title }) => title.toLowerCase());
+  const absent = CURVES.filter(({ metrics }) => !metrics.some(({ name }) => drawn.has(name))).map(({ title }) =>
+    title.toLowerCase()
+  );
   const several = series.some((one) => one.runs.length > 1);
   return html`<section id="curves"><h2>Curves by step</h2>
     <div class="legend" role="group" aria-label="Methods shown">${
     series.map((one, i) =>
-      html`<button type="button" class="toggle series-colour-${i % 8}" data-series="${i}" aria-pressed="true"><i class="swatch series-colour-${
-        i % 8
-      }"></i>${one.name}${one.runs.length > 1 && html` <span class="muted">× ${one.runs.length}</span>`}</button>`
+      html`
+        <button type="button" class="toggle series-colour-${i % 8}" data-series="${i}"
+          aria-pressed="true"><i class="swatch series-colour-${i % 8}"></i>${one.name}${one.runs.length > 1 && html`
+            <span class="muted">× ${one.runs.length}</span>
+          `}</button>
+      `
     )
   }</div>
     <p class="muted small">${
@@ -157,11 +178,16 @@ function curveSection(charts: readonly Chart[], series: readonly Series[], runs:
 
 /** The frame of the rollout browser; the script fills it. */
 function browserSection({ rollouts, left }: PageRollouts): Markup {
-  const select = (name: string, label: string) =>
-    html`<label>${label} <select id="filter-${name}"></select></label>`;
+  const select = (name: string, label: string) => html`<label>${label} <select id="filter-${name}"></select></label>`;
   return html`<section id="rollouts"><h2>Rollouts</h2>
     ${rollouts.length === 0 && html`<p class="problem">No rollouts were kept in these runs.</p>`}
-    ${left > 0 && html`<p class="muted small">${rollouts.length} of ${rollouts.length + left} rollouts are in this file: held-out ones first, then those of the latest steps.</p>`}
+    ${
+    left > 0 && html`
+      <p
+        class="muted small">${rollouts.length} of ${rollouts.length +
+          left} rollouts are in this file: held-out ones first, then those of the latest steps.</p>
+    `
+  }
     <noscript><p class="problem">The rollout browser needs JavaScript; the charts and tables above don’t.</p></noscript>
     <div class="browser" id="browser" hidden>
       <form class="filters" id="filters" aria-label="Filters">

@@ -27,7 +27,9 @@ export async function readResults(folder: string): Promise<ResultFile[]> {
     try {
       const value = asObject(JSON.parse(await Deno.readTextFile(`${folder}/${name}`)));
       const isResult = value && Array.isArray(value.rows) && Array.isArray(value.comparisons);
-      files.push(isResult ? { name, value } : { name, problem: "has no rows and comparisons: it is no experiment's result" });
+      files.push(
+        isResult ? { name, value } : { name, problem: "has no rows and comparisons: it is no experiment's result" },
+      );
     } catch (error) {
       files.push({ name, problem: error instanceof SyntaxError ? "is not JSON" : `cannot be read (${error})` });
     }
@@ -52,7 +54,9 @@ export function resultTables(file: ResultFile): Markup {
   const rows = asList(value.rows).map(readRow).filter((row) => row !== undefined);
   const comparisons = asList(value.comparisons).map(asObject).filter((row) => row !== undefined);
   const dropped = asList(value.rows).length - rows.length, missing = asList(value.missing);
-  const other = rows.filter((row) => row.metric.includes("/")), seeds = asList(value.seeds), commit = asText(value.commit)?.slice(0, 10);
+  const other = rows.filter((row) => row.metric.includes("/")),
+    seeds = asList(value.seeds),
+    commit = asText(value.commit)?.slice(0, 10);
   return html`
     <article class="result">
       <h3>${asText(value.name) ?? name}</h3>
@@ -63,9 +67,11 @@ export function resultTables(file: ResultFile): Markup {
         ${seeds.length > 0 && html`Seeds ${seeds.join(", ")}.`} ${commit && html`Commit ${commit}.`}
         <code>${asText(value.command)}</code></p>
       ${other.length > 0 && html`<details><summary>asked in other ways</summary>${splitTables(other)}</details>`}
-      ${missing.length > 0 && html`<p class="problem">Not complete: ${missing.length} parts are missing, e.g. ${String(missing[0])}.</p>`}
+      ${missing.length > 0 &&
+        html`<p class="problem">Not complete: ${missing.length} parts are missing, e.g. ${String(missing[0])}.</p>`}
       ${dropped > 0 && html`<p class="problem">${dropped} rows without method, metric or mean are left out.</p>`}
-    </article>`;
+    </article>
+  `;
 }
 
 function readRow(value: unknown): Row | undefined {
@@ -89,14 +95,25 @@ function splitTable(rows: readonly Row[], split: string): Markup {
     const best = Math.max(...rows.filter((other) => other.metric === metric).map((other) => other.mean));
     const isBest = row.mean === best && /accuracy|ratio|exact/.test(metric);
     const deviation = row.sd ? ` ± ${three(row.sd)}` : "";
-    return html`<td title="${row.n && `n = ${row.n}`}">${isBest ? html`<b>${three(row.mean)}</b>` : three(row.mean)}${deviation}
+    return html`<td title="${row.n && `n = ${row.n}`}">${
+      isBest ? html`<b>${three(row.mean)}</b>` : three(row.mean)
+    }${deviation}
       ${row.ci95 && html`<span class="interval">${interval(row.ci95)}</span>`}</td>`;
   };
-  return html`<div class="scroll" tabindex="0" role="group" aria-label="table"><table class="numbers">
-    <caption>${splitNames[split] ?? split}</caption>
-    <thead><tr><th scope="col"></th>${methods.map((method) => html`<th scope="col">${method}</th>`)}</tr></thead>
-    <tbody>${metrics.map((metric) => html`<tr><th scope="row">${metric}</th>${methods.map((method) => cell(metric, method))}</tr>`)}
-    </tbody></table></div>`;
+  return html`
+    <div class="scroll" tabindex="0" role="group" aria-label="table">
+      <table class="numbers">
+        <caption>${splitNames[split] ?? split}</caption>
+        <thead>
+          <tr><th scope="col"></th>${methods.map((method) => html`<th scope="col">${method}</th>`)}</tr>
+        </thead>
+        <tbody>${metrics.map((metric) =>
+          html`<tr><th scope="row">${metric}</th>${methods.map((method) => cell(metric, method))}</tr>`
+        )}
+        </tbody>
+      </table>
+    </div>
+  `;
 }
 
 const splitNames: Readonly<Record<string, string>> = { id: "in distribution", ood: "out of distribution" };
@@ -106,17 +123,30 @@ function comparisonTable(comparisons: readonly Json[]): Markup {
     const [a, b, metric, split] = [row.a, row.b, row.metric, row.split].map((value) => asText(value) ?? "?");
     const other = asText(row.metricOfB), difference = asNumber(row.difference), ci95 = asNumbers(row.ci95, 2);
     const effect = asObject(row.effect), size = asNumber(effect?.value), p = asNumber(row.p);
-    return html`<tr><th scope="row">${a} − ${b}: ${metric}${other && ` − ${other}`}, ${splitNames[split] ?? split}</th>
-      <td>${difference === undefined ? "–" : (difference > 0 ? "+" : "") + three(difference)}</td>
-      <td>${ci95 ? interval(ci95) : "–"}</td><td>${p === undefined ? "–" : probability(p)}</td>
-      <td>${size === undefined ? "–" : `${asText(effect?.name) ?? ""} ${size.toFixed(2)}`}</td>
-      <td class="muted">${asText(row.test)}</td></tr>`;
+    return html`
+      <tr>
+        <th scope="row">${a} − ${b}: ${metric}${other && ` − ${other}`}, ${splitNames[split] ?? split}</th>
+        <td>${difference === undefined ? "–" : (difference > 0 ? "+" : "") + three(difference)}</td>
+        <td>${ci95 ? interval(ci95) : "–"}</td>
+        <td>${p === undefined ? "–" : probability(p)}</td>
+        <td>${size === undefined ? "–" : `${asText(effect?.name) ?? ""} ${size.toFixed(2)}`}</td>
+        <td class="muted">${asText(row.test)}</td>
+      </tr>
+    `;
   });
-  return html`<div class="scroll" tabindex="0" role="group" aria-label="comparisons"><table class="numbers">
-    <caption>differences on the same items</caption>
-    <thead><tr><th scope="col"></th>${
-    ["a − b", "95 %", "p", "effect", "test"].map((name) => html`<th scope="col">${name}</th>`)
-  }</tr></thead><tbody>${cells}</tbody></table></div>`;
+  return html`
+    <div class="scroll" tabindex="0" role="group" aria-label="comparisons">
+      <table class="numbers">
+        <caption>differences on the same items</caption>
+        <thead>
+          <tr><th scope="col"></th>${["a − b", "95 %", "p", "effect", "test"].map((name) =>
+            html`<th scope="col">${name}</th>`
+          )}</tr>
+        </thead>
+        <tbody>${cells}</tbody>
+      </table>
+    </div>
+  `;
 }
 
 function interval([low, high]: readonly number[]): string {

@@ -98,7 +98,9 @@ export async function collectRollouts(runs: readonly ReportRun[], most: number):
     const missing = await readPictures(run, kept.filter((rollout) => rollout.run === index), pictures);
     if (missing.length > 0) {
       const shown = missing.slice(0, 3).join(", ") + (missing.length > 3 ? ", …" : "");
-      run.problems.push(`${missing.length} picture${missing.length === 1 ? " is" : "s are"} missing or damaged: ${shown}`);
+      run.problems.push(
+        `${missing.length} picture${missing.length === 1 ? " is" : "s are"} missing or damaged: ${shown}`,
+      );
     }
   }
   return { rollouts: kept, texts: texts.all, pictures, left: rollouts.length - kept.length };
@@ -123,7 +125,9 @@ export function pageRollout(
   settings: Json,
   texts: { add(text: string): number },
 ): PageRollout | undefined {
-  const turns = asList(value.turns).map(asObject).filter((turn) => turn !== undefined && asText(turn.text) !== undefined);
+  const turns = asList(value.turns).map(asObject).filter((turn) =>
+    turn !== undefined && asText(turn.text) !== undefined
+  );
   if (turns.length === 0) return undefined;
   const size = asSize(value.pictureSize), input = asSize(value.inputSize);
   const said = asText(value.said), answer = asText(value.answer) ?? "";
@@ -231,7 +235,11 @@ async function readPicture(folder: string, name: string): Promise<{ type: string
   if (!/^pictures\/[\w.+-]+$/.test(name)) return undefined;
   try {
     const bytes = await Deno.readFile(`${folder}/${name}`);
-    const type = bytes[0] === 0xff && bytes[1] === 0xd8 ? "image/jpeg" : bytes[0] === 0x89 && bytes[1] === 0x50 ? "image/png" : "";
+    const type = bytes[0] === 0xff && bytes[1] === 0xd8
+      ? "image/jpeg"
+      : bytes[0] === 0x89 && bytes[1] === 0x50
+      ? "image/png"
+      : "";
     return type ? { type, base64: bytes.toBase64() } : undefined;
   } catch (error) {
     if (error instanceof Deno.errors.NotCapable) throw error;

@@ -197,7 +197,9 @@ async function readText(path: string, name: string, problems: string[]): Promise
     return await Deno.readTextFile(path);
   } catch (error) {
     if (error instanceof Deno.errors.NotCapable) throw error;
-    problems.push(error instanceof Deno.errors.NotFound ? `${name} is missing` : `${name} cannot be read (${reason(error)})`);
+    problems.push(
+      error instanceof Deno.errors.NotFound ? `${name} is missing` : `${name} cannot be read (${reason(error)})`,
+    );
     return undefined;
   }
 }

@@ -31,7 +31,17 @@ export interface CurvePoint {
 
 /** Settings that say how a run was watched or computed, not what was trained. */
 const BOOKKEEPING = new Set([
-  ...["seed", "steps", "evalEvery", "evalItems", "evalBatch", "baseEval", "finalItems", "checkpointEvery", "saveRollouts"],
+  ...[
+    "seed",
+    "steps",
+    "evalEvery",
+    "evalItems",
+    "evalBatch",
+    "baseEval",
+    "finalItems",
+    "checkpointEvery",
+    "saveRollouts",
+  ],
   ...["backend", "kernels", "tokensPerPass", "gradientCheckpointing", "heldoutShare", "fingerprint", "heldOut"],
 ]);
 /** The order of methods in legends and tables. */

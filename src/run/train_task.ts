@@ -24,6 +24,7 @@ import { Training, type TrainParts } from "../train.ts";
 import { loadTraining, type SavablePolicy } from "./checkpoint.ts";
 import { describeEnvironment } from "./environment.ts";
 import { InputError } from "./errors.ts";
+import { checkMemory } from "./memory_check.ts";
 import { helpText, optionTable, type OptionValues, parseCommandLine, resolveOptions } from "./options.ts";
 import type { Progress } from "./progress.ts";
 import { WatchedItems } from "./rollout_files.ts";
@@ -94,6 +95,14 @@ export const trainTaskTable = optionTable({
     min: 1,
     default: 5,
     help: "Steps between checkpoints; the last step has one too.",
+  },
+  memoryLimit: {
+    kind: "number",
+    value: "GIB",
+    min: 0,
+    above: true,
+    defaultText: "4 on wasm; a GPU tells none",
+    help: "A run that may take more memory than this, in GiB, is refused before it starts.",
   },
   baseEval: { kind: "boolean", default: true, help: "Evaluate the base before the first step." },
   finalItems: {
@@ -281,13 +290,16 @@ export async function openRun(
   const begun = task.resume ? await newestCheckpoint(path) : 0;
   const checkpoint = `${path}/checkpoints/step-${begun}`;
   const { minPixels, maxPixels } = task;
-  const policy = await loadPolicy(begun > 0 ? checkpoint : task.policy, { minPixels, maxPixels });
+  const source = begun > 0 ? checkpoint : task.policy, pixels = { minPixels, maxPixels };
+  const question = { policy: source, pixels, dataset, train, template, isEvaluated, backend: backend.backend };
+  await checkMemory({ ...question, limit: task.memoryLimit });
+  const policy = await loadPolicy(source, { minPixels, maxPixels });
   const reference = (train.beta ?? 0) > 0 ? await loadPolicy(task.policy, { minPixels, maxPixels }) : undefined;
   const watched = new WatchedItems(task.watch, score);
   const given = { heldOut, rewards, reference, template, onEvaluationBatch: watched.add, ...parts };
   const training = new Training(policy, dataset, train, given);
   // A run may go on with another number of threads, and be watched in another way.
-  const { run: _run, resume: _resume, help: _help, threads: _threads, ...rest } = task;
+  const { run: _run, resume: _resume, help: _help, threads: _threads, memoryLimit: _limit, ...rest } = task;
   const { watch: _watch, report: _report, reportPort: _port, ...asked } = rest;
   const manifest = {
     settings: {

@@ -7,6 +7,7 @@ import { evaluate, type Evaluation } from "../evaluate.ts";
 import { checkDevice, MachineError, machineError } from "../gpu/device_errors.ts";
 import { loadPolicy } from "../policy/load.ts";
 import type { Policy } from "../policy/policy.ts";
+import { LiveReport } from "../report/live.ts";
 import type { StepProgress, StepRollouts } from "../train.ts";
 import { saveTraining } from "./checkpoint.ts";
 import type { StepRecord } from "./metrics.ts";
@@ -28,6 +29,20 @@ export async function runTraining(args: readonly string[], progress = new Progre
     progress.log(trainHelp());
     return 0;
   }
+  const { report, reportPort } = parsed.task;
+  const live = report ? await LiveReport.serve(reportPort, (line) => progress.log(line)) : undefined;
+  if (live) progress.log(`report ${live.address}`);
+  try {
+    return await trainRun(parsed, { args, progress, live });
+  } finally {
+    await live?.end();
+  }
+}
+
+async function trainRun(
+  parsed: ReturnType<typeof parseTrainTask>,
+  { args, progress, live }: { args: readonly string[]; progress: Progress; live?: LiveReport },
+): Promise<number> {
   const shown = new RunDisplay(progress);
   const run: OpenRun = await openRun(parsed, progress, {
     onProgress: (at) => shown.progress(at),
@@ -39,12 +54,15 @@ export async function runTraining(args: readonly string[], progress = new Progre
     progress.log("stopping as soon as this step is done; Ctrl-C again stops at once")
   );
   shown.isInterrupted = () => interrupt.requested;
+  live?.watch(run.folder.path);
   try {
     await evaluateBase(run, shown);
+    live?.refresh();
     while (run.training.step < shown.steps) {
       const record = await run.training.next();
       await run.folder.appendMetrics(record);
       shown.step(record);
+      live?.refresh();
       await checkpointIfDue(run, interrupt.requested);
       if (interrupt.requested) throw new Interrupted();
     }

@@ -157,10 +157,18 @@ export class RolloutBrowser {
       "div",
       {
         ...{ class: "row", role: "option", id: `row-${index}`, "data-index": index },
-        ...{ "aria-selected": String(index === this.selected), "aria-posinset": at + 1, "aria-setsize": this.shown.length },
+        ...{
+          "aria-selected": String(index === this.selected),
+          "aria-posinset": at + 1,
+          "aria-setsize": this.shown.length,
+        },
         "aria-label": `${verdict(rollout)}: ${rollout.question}, step ${rollout.step}, ${run.name}`,
       },
-      make("span", { class: `dot ${rollout.correct ? "right" : "wrong"}`, "aria-hidden": "true" }, rollout.correct ? "✓" : "✗"),
+      make(
+        "span",
+        { class: `dot ${rollout.correct ? "right" : "wrong"}`, "aria-hidden": "true" },
+        rollout.correct ? "✓" : "✗",
+      ),
       make(
         "span",
         { class: "what" },
@@ -207,7 +215,8 @@ export class RolloutBrowser {
       "div",
       { class: "strip" },
       ...track.map((index, at) => {
-        const one = rollouts[index], label = isSteps ? (one.step === 0 ? "base" : `step ${one.step}`) : `no. ${one.rollout + 1}`;
+        const one = rollouts[index],
+          label = isSteps ? (one.step === 0 ? "base" : `step ${one.step}`) : `no. ${one.rollout + 1}`;
         const cell = make(
           "button",
           {

@@ -47,7 +47,9 @@ export class Charts {
       line.style.display = "none";
       svg.append(line);
     }
-    const steps = [...new Set(data.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
+    const steps = [...new Set(data.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) =>
+      a - b
+    );
     const place = (line, step) => {
       const x = left + (step - from) / (to - from || 1) * (right - left);
       line.setAttribute("x1", x);
@@ -68,7 +70,8 @@ export class Charts {
     };
     const nearest = (step) => steps.reduce((best, one) => Math.abs(one - step) < Math.abs(best - step) ? one : best);
     svg.addEventListener("pointermove", (event) => {
-      const bounds = svg.getBoundingClientRect(), x = (event.clientX - bounds.left) / bounds.width * svg.viewBox.baseVal.width;
+      const bounds = svg.getBoundingClientRect(),
+        x = (event.clientX - bounds.left) / bounds.width * svg.viewBox.baseVal.width;
       show(nearest(from + (x - left) / (right - left || 1) * (to - from)));
     });
     svg.addEventListener("pointerleave", hide);

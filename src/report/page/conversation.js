@@ -34,7 +34,12 @@ function shape(tag, attributes) {
 }
 
 function rectangle([x1, y1, x2, y2], [width, height], kind) {
-  const place = { x: x1 * width, y: y1 * height, width: Math.max(0, x2 - x1) * width, height: Math.max(0, y2 - y1) * height };
+  const place = {
+    x: x1 * width,
+    y: y1 * height,
+    width: Math.max(0, x2 - x1) * width,
+    height: Math.max(0, y2 - y1) * height,
+  };
   return [shape("rect", { ...place, class: "halo" }), shape("rect", { ...place, class: kind })];
 }
 
@@ -47,7 +52,11 @@ function cross([x, y], [width, height], kind) {
 /** Boxes and points over the original picture. */
 function overlay(rollout) {
   const { size, targets, points, found, turns } = rollout;
-  const svg = shape("svg", { viewBox: `0 0 ${size[0]} ${size[1]}`, preserveAspectRatio: "none", "aria-hidden": "true" });
+  const svg = shape("svg", {
+    viewBox: `0 0 ${size[0]} ${size[1]}`,
+    preserveAspectRatio: "none",
+    "aria-hidden": "true",
+  });
   for (const turn of turns) if (turn.crop) svg.append(...rectangle(turn.crop, size, "cut"));
   for (const box of targets) svg.append(...rectangle(box, size, "target"));
   for (const turn of turns) if (turn.box) svg.append(...rectangle(turn.box, size, "asked"));
@@ -59,9 +68,11 @@ function overlay(rollout) {
 /** A picture in its frame; where it is missing, the frame says so and keeps its shape. */
 function frame(name, size, alt, over) {
   const address = name === undefined || name.startsWith("!") ? undefined : pictureAddress(name);
-  const inner = address
-    ? make("img", { src: address, alt })
-    : make("span", { class: "missing" }, name === undefined ? "no picture was kept" : `picture missing: ${name.replace(/^!/, "")}`);
+  const inner = address ? make("img", { src: address, alt }) : make(
+    "span",
+    { class: "missing" },
+    name === undefined ? "no picture was kept" : `picture missing: ${name.replace(/^!/, "")}`,
+  );
   const box = make("span", { class: "frame" }, inner, ...over ? [over] : []);
   if (size) box.style.aspectRatio = `${size[0]} / ${size[1]}`;
   return box;
@@ -79,7 +90,9 @@ export function verdict(rollout) {
 
 /** The pictures of a rollout in order: the input with all boxes, then the crops. */
 function gallery(rollout) {
-  const about = rollout.turns.map((turn, i) => turn.box ? `turn ${i + 1} asked for a box` : "").filter(Boolean).join(", ");
+  const about = rollout.turns.map((turn, i) => turn.box ? `turn ${i + 1} asked for a box` : "").filter(Boolean).join(
+    ", ",
+  );
   const figures = [make(
     "figure",
     { class: "input" },
@@ -101,7 +114,9 @@ function gallery(rollout) {
 
 function legendOf({ targets, points, found, turns }) {
   const keys = [];
-  if (turns.some((turn) => turn.box) || found.length > 0) keys.push(["asked", found.length > 0 ? "named" : "asked for"]);
+  if (turns.some((turn) => turn.box) || found.length > 0) {
+    keys.push(["asked", found.length > 0 ? "named" : "asked for"]);
+  }
   if (turns.some((turn) => turn.crop)) keys.push(["cut", "cut out"]);
   if (targets.length > 0 || points.length > 0) keys.push(["target", "target"]);
   return keys.map(([kind, text]) => make("span", { class: `key ${kind}` }, text));
@@ -119,7 +134,10 @@ function facts(rollout, run) {
     add("against its group", (rollout.advantage > 0 ? "+" : "") + round(rollout.advantage));
   }
   if (rollout.grounding !== "one turn") add("box", GROUNDING[rollout.grounding] ?? rollout.grounding);
-  add("from", `${run.name}, step ${rollout.step}, ${rollout.split === "heldout" ? "held-out" : "training"} ${rollout.item}`);
+  add(
+    "from",
+    `${run.name}, step ${rollout.step}, ${rollout.split === "heldout" ? "held-out" : "training"} ${rollout.item}`,
+  );
   return list;
 }
 
@@ -170,6 +188,7 @@ function block(who, children) {
 
 function tokenSpan(text, mark, logprob) {
   const isSpecial = /^<\|.*\|>$/.test(text), classes = ["t", ...isSpecial ? ["special"] : []];
+  if (mark === "1" || mark === "2") classes.push("own");
   if (mark === "2" || mark === "3") classes.push("loss");
   const span = make("span", { class: classes.join(" ") }, isSpecial ? text.slice(2, -2) : text);
   if (logprob !== undefined) {
@@ -210,8 +229,8 @@ export function detailOf(rollout, run, texts) {
     make("div", { class: "look" }, gallery(rollout), facts(rollout, run)),
     make(
       "p",
-      { class: "legend small" },
-      make("span", { class: "t loss" }, "trained tokens"),
+      { class: "small muted" },
+      make("span", { class: "t own loss" }, "trained tokens"),
       rollout.split === "heldout"
         ? " carry loss when a conversation is trained on (this one is held out); "
         : " carry loss; ",

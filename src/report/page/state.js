@@ -66,7 +66,9 @@ export function counterpart(rollouts, index, run) {
   const one = rollouts[index];
   let best = -1;
   for (const [i, other] of rollouts.entries()) {
-    if (other.run !== run || other.split !== one.split || other.item !== one.item || other.rollout !== one.rollout) continue;
+    if (other.run !== run || other.split !== one.split || other.item !== one.item || other.rollout !== one.rollout) {
+      continue;
+    }
     if (other.step <= one.step && (best < 0 || other.step > rollouts[best].step)) best = i;
   }
   return best;
