@@ -97,7 +97,7 @@ const CURVES: readonly ChartSpec[] = [
 export async function renderReport(
   options: ReportOptions,
 ): Promise<{ html: string; runs: ReportRun[]; written: string }> {
-  const { runs, problems } = await readRuns(options.runs);
+  const { runs, problems } = await readRuns(options.runs, options.live);
   const series = groupRuns(runs), rollouts = await collectRollouts(runs, options.rollouts ?? DEFAULT_ROLLOUTS);
   const results = options.results === undefined ? [] : await readResults(options.results);
   const charts = CURVES.flatMap((spec, i) => drawChart(spec, series, `chart-${i}`) ?? []);

@@ -41,6 +41,8 @@ export interface ReportRun {
 
 /** The version of rollout files that is read whole; a type alone is imported, so that a report loads no tensors. */
 const FORMAT: typeof ROLLOUT_FORMAT = 2;
+/** Problems that time puts right. */
+const YET = /^(metrics\.jsonl is missing|not finished: .*|no rollouts were kept)$/;
 /** Problems of one kind that are told one by one; the others are counted. */
 const TOLD = 3;
 
@@ -48,9 +50,13 @@ const TOLD = 3;
  * Reads runs.
  *
  * @param paths Run folders, or folders of run folders.
+ * @param isGoingOn Whether the runs may have written little so far: what isn't there yet is then no problem. @default {false}
  * @throws {InputError} if not a single one can be read.
  */
-export async function readRuns(paths: readonly string[]): Promise<{ runs: ReportRun[]; problems: string[] }> {
+export async function readRuns(
+  paths: readonly string[],
+  isGoingOn = false,
+): Promise<{ runs: ReportRun[]; problems: string[] }> {
   const runs: ReportRun[] = [], problems: string[] = [];
   for (const path of await expand(paths)) {
     const run = await readRun(path);
@@ -60,6 +66,7 @@ export async function readRuns(paths: readonly string[]): Promise<{ runs: Report
   if (runs.length === 0) {
     throw new InputError(`no run can be read: ${problems.join("; ")}; give folders that \`deno task train\` wrote`);
   }
+  if (isGoingOn) { for (const run of runs) run.problems = run.problems.filter((problem) => !YET.test(problem)); }
   nameApart(runs);
   return { runs, problems };
 }

@@ -71,7 +71,7 @@ export function savedRollout(
     ...[...given("user\n"), ["<|image_pad|>", 2] as [string, number], "and now?", "<|im_end|>"],
     ...[...given("assistant\n"), replies[1], "<|im_end|>"],
   ];
-  const written = [7, 8, 15, 16];
+  const written = [7, 8, 16, 17];
   const assistantMask = tokens.flatMap((token, i) =>
     new Array<number>(Array.isArray(token) ? token[1] : 1).fill(Number(written.includes(i)))
   );

@@ -31,7 +31,7 @@ async function measured(backend: "wasm" | "webgpu", options: TrainOptions): Prom
 
 const settings: TrainOptions[] = [
   { prompts: 4, groupSize: 4, trainVision: true },
-  { prompts: 6, groupSize: 3, gradientCheckpointing: true, tokensPerPass: 600 },
+  { method: "sft", prompts: 24, tokensPerPass: 400 },
 ];
 
 for (const backend of ["wasm", "webgpu"] as const) {
@@ -44,8 +44,7 @@ for (const backend of ["wasm", "webgpu"] as const) {
         const peak = await measured(backend, train), dataset = signs();
         const plan = await checkMemory({ policy: "tiny", pixels: {}, dataset, train, isEvaluated: false, backend });
         const ratio = plan!.totalBytes / peak;
-        console.log(`${backend}: estimated ${plan!.totalBytes / 2 ** 20} MiB, measured ${peak / 2 ** 20} MiB`);
-        assert.ok(ratio >= 1 && ratio <= 3, `${ratio}`);
+        assert.ok(ratio >= 1 && ratio <= 3, `${ratio} of ${peak} bytes`);
       },
     });
   }
@@ -112,7 +111,7 @@ Deno.test("each option that a refusal names makes its part smaller", () => {
     planMemory(large, sizes, { ...run, ...changed }).totalBytes;
   const whole = total({});
   assert.ok(total({ gradientCheckpointing: false }) > whole);
-  assert.ok(total({ tokensPerPass: 1024, gradientCheckpointing: false }) < total({ gradientCheckpointing: false }));
+  assert.ok(total({ tokensPerPass: 8192, gradientCheckpointing: false }) > total({ gradientCheckpointing: false }));
   assert.ok(total({ prompts: 16, evalBatch: 0 }) > total({ prompts: 1, evalBatch: 0 }));
   assert.ok(total({ reference: true }) > whole && total({ trainVision: true }) > whole);
   assert.ok(total({}, { promptTokens: 4600, turnTokens: 4400, imageTokens: 4096 }) > whole);
@@ -127,10 +126,11 @@ Deno.test("buffers that a GPU cannot make, or that no kernel can take in windows
     () => refuseTooLarge(plan, { buffer: GIB, binding: GIB / 8 }),
     /largest buffer is 1\.0 GiB.* needed are: 1\.2 GiB weight model\.embed_tokens\.weight: take a smaller --policy/,
   );
-  const many = planMemory(large, size, { ...run, backend: "webgpu", prompts: 64, groupSize: 8 });
+  const wide = { ...large, text: { ...large.text, kvHeads: 16 } };
+  const many = planMemory(wide, size, { ...run, backend: "webgpu", prompts: 64, groupSize: 8, maxNewTokens: [512] });
   assert.throws(
     () => refuseTooLarge(many, { buffer: 2 * GIB, binding: GIB / 8 }),
-    /a kernel sees 128 MiB at once, but needed are: .* (keys|first logits).*: lower --prompts/,
+    /a kernel sees 128 MiB at once, but needed are: 256 MiB keys and values that 32 rows add to a layer: lower --prompts/,
   );
 });
 

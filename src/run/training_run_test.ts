@@ -87,15 +87,22 @@ Deno.test("rollouts are written with their pictures", async () => {
   try {
     const extra = "--method mgpo --group-size 2 --steps 1 --eval-every 1 --final-items 0 --no-base-eval".split(" ");
     await train(`${root}/run`, extra);
-    const lines = (await Deno.readTextFile(`${root}/run/rollouts/step-1.jsonl`)).trimEnd().split("\n");
-    assert.equal(lines.length, 2);
-    for (const line of lines) {
+    const linesOf = async (name: string) =>
+      (await Deno.readTextFile(`${root}/run/rollouts/${name}`)).trimEnd().split("\n");
+    const trained = await linesOf("step-1.jsonl"), heldOut = await linesOf("heldout-step-1.jsonl");
+    assert.equal(trained.length, 4, "both rollouts of both samples");
+    assert.ok(heldOut.length > 0);
+    for (const line of [...trained, ...heldOut]) {
       const rollout = JSON.parse(line);
       assert.equal(rollout.turns.length, 2);
       assert.equal(rollout.reward, 0);
       assert.equal(rollout.pictures.length, 1);
-      const png = await Deno.readFile(`${root}/run/rollouts/${rollout.pictures[0]}`);
-      assert.deepEqual([...png.slice(1, 4)].map((byte) => String.fromCharCode(byte)).join(""), "PNG");
+      assert.equal(
+        rollout.tokens.flatMap((token: unknown) => Array(Array.isArray(token) ? token[1] : 1).fill(0)).length,
+        rollout.ids.length,
+      );
+      const jpeg = await Deno.readFile(`${root}/run/rollouts/${rollout.pictures[0]}`);
+      assert.deepEqual([...jpeg.slice(0, 3)], [0xff, 0xd8, 0xff]);
     }
   } finally {
     await Deno.remove(root, { recursive: true });
