@@ -116,18 +116,10 @@ function chosenLogProbs(
   suppress: tf.Tensor1D | null,
   temperature: number,
 ): tf.Tensor2D {
-  const piece = Math.max(1, Math.floor(MAX_LOGITS / config.text.vocabSize));
-  const parts: tf.Tensor2D[] = [];
-  for (let from = 0; from < rows.length; from += piece) {
-    const at = gatherRows(hidden, rows.slice(from, from + piece)), ids = targets.slice(from, from + piece);
-    if (rows.length <= piece) {
-      parts.push(logProbEntropy(head(config, weights, at), ids, suppress, temperature));
-    } else {
-      const { normed, table } = headParts(config, weights, at);
-      parts.push(headLogProbEntropy(normed, table, ids, suppress, temperature));
-    }
-  }
-  return parts.length === 1 ? parts[0] : tf.concat(parts, 1);
+  const piece = Math.max(1, Math.floor(MAX_LOGITS / config.text.vocabSize)), at = gatherRows(hidden, rows);
+  if (rows.length <= piece) return logProbEntropy(head(config, weights, at), targets, suppress, temperature);
+  const { normed, table } = headParts(config, weights, at);
+  return headLogProbEntropy(normed, table, targets, suppress, temperature, piece);
 }
 
 /**

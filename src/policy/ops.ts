@@ -485,11 +485,12 @@ export function logProbEntropy(
 }
 
 /**
- * {@linkcode logProbEntropy} of `x·wᵀ` without keeping the logits: the gradient makes them again. For pieces of a large
- * vocabulary, so that no `[tokens, vocabulary]` tensor ever exists, forward or backward.
+ * {@linkcode logProbEntropy} of `x·wᵀ` without keeping the logits: the gradient makes them again. Rows are taken piece by piece, so
+ * that no `[tokens, vocabulary]` tensor ever exists, forward or backward, and one gradient of `w` at a time is added up.
  *
  * @param x `[N, D]`
  * @param w `[V, D]`
+ * @param piece The most rows whose logits exist at a time. @default {N}
  */
 export function headLogProbEntropy(
   x: tf.Tensor2D,
@@ -497,23 +498,42 @@ export function headLogProbEntropy(
   target: ArrayLike<number>,
   suppress: tf.Tensor1D | null,
   temperature: number,
+  piece: number = target.length,
 ): tf.Tensor2D {
+  const ids = Array.from(target), starts: number[] = [];
+  for (let from = 0; from < ids.length; from += piece) starts.push(from);
+  const rowsOf = <T extends tf.Tensor>(x: T, from: number): T =>
+    starts.length === 1 ? x : tf.slice(x, from, Math.min(piece, ids.length - from));
+  const indexOf = (from: number) => toIndex(ids.slice(from, from + piece));
   return custom<tf.Tensor2D>([x, w], ([x, w], save) => {
-    const t = toIndex(target);
-    const { logprob, entropy, lse } = chosen(
-      matMul(x as tf.Tensor2D, w as tf.Tensor2D, false, true),
-      t,
-      suppress,
-      temperature,
+    const parts = starts.map((from) =>
+      tf.tidy(() => {
+        const logits = matMul(rowsOf(x as tf.Tensor2D, from), w as tf.Tensor2D, false, true);
+        const { logprob, entropy, lse } = chosen(logits, indexOf(from), suppress, temperature);
+        return [logprob, entropy, lse];
+      })
     );
-    save([x, w, t, lse, entropy, ...(suppress ? [suppress] : [])]);
+    const joined = (i: number) => parts.length === 1 ? parts[0][i] : tf.concat(parts.map((part) => part[i]), 0);
+    const [logprob, entropy, lse] = [0, 1, 2].map(joined);
+    save([x, w, lse, entropy, ...(suppress ? [suppress] : [])]);
     const gradFunc = (dy: tf.Tensor, saved: tf.Tensor[]) => {
-      const [x, w, t, lse, entropy, bias] = saved as [tf.Tensor2D, tf.Tensor2D, tf.Tensor1D, ...tf.Tensor[]];
-      return tf.tidy(() => {
-        const logits = matMul(x, w, false, true);
-        const d = chosenGrad(logits, t, bias as tf.Tensor1D ?? null, temperature, { lse, entropy }, dy);
-        return [matMul(d, w), matMul(d, x, true, false)];
-      });
+      const [x, w, lse, entropy, bias = null] = saved as [tf.Tensor2D, tf.Tensor2D, ...tf.Tensor[]];
+      const dx: tf.Tensor[] = [];
+      let dw: tf.Tensor | undefined;
+      for (const from of starts) {
+        const [dxPart, dwPart] = tf.tidy(() => {
+          const part = rowsOf(x, from), logits = matMul(part, w, false, true);
+          const known = { lse: rowsOf(lse, from), entropy: rowsOf(entropy, from) };
+          const slope = starts.length === 1 ? dy : tf.slice(dy, [0, from], [2, part.shape[0]]);
+          const d = chosenGrad(logits, indexOf(from), bias as tf.Tensor1D | null, temperature, known, slope);
+          return [matMul(d, w), matMul(d, part, true, false)];
+        });
+        dx.push(dxPart);
+        const sum = dw ? tf.add(dw, dwPart) : dwPart;
+        if (dw) tf.dispose([dw, dwPart]);
+        dw = sum;
+      }
+      return [dx.length === 1 ? dx[0] : tf.concat(dx, 0), dw!];
     };
     return { value: tf.stack([logprob, entropy], 0), gradFunc };
   });
