@@ -358,13 +358,13 @@ export class MemoryPlanner {
 
   /**
    * The head over the tokens that carry loss, at most {@link MAX_LOGITS} logits at a time: three tensors of a piece; hidden states;
-   * and, where there are several pieces, a gradient of the table for each, which the tape keeps.
+   * and, where there are several pieces, three gradients of the table: the sum so far, that of a piece, the new sum.
    */
   #head(chosen: number): PlanPart {
     const { text: t } = this.#config, piece = Math.max(1, Math.floor(MAX_LOGITS / t.vocabSize));
     const pieces = Math.ceil(chosen / piece), rows = Math.min(chosen, piece);
     this.#buffer(`logits of ${rows} tokens`, rows * t.vocabSize, "lower --tokens-per-pass", true);
-    const table = pieces > 1 ? pieces * t.vocabSize * t.hiddenSize : 0;
+    const table = pieces > 1 ? 3 * t.vocabSize * t.hiddenSize : 0;
     return {
       name: `logits and their gradients (${chosen} tokens in ${pieces} piece${
         pieces === 1 ? "" : "s"

@@ -6,6 +6,8 @@ import { ALL, counterpart, GROUNDING, nameOf, passes, trackOf, VALID } from "./s
 const ROW = 52;
 /** Rows that are drawn beyond those in sight. */
 const SPARE = 4;
+/** Milliseconds after which a strip is drawn. */
+const LATER = 40;
 /** Milliseconds of one step while playing. */
 const BEAT = 900;
 
@@ -112,7 +114,9 @@ export class RolloutBrowser {
     byId("count").value = isAll ? `${count} rollouts` : `${count} of ${rollouts.length} rollouts`;
     this.rows.style.height = `${count * ROW}px`;
     const kept = name === "" ? undefined : this.shown.find((i) => nameOf(rollouts[i], runs) === name);
-    const first = isFirst ? this.shown.filter((i) => rollouts[i].split === "heldout").at(0) : undefined;
+    const place = (i) => runs[rollouts[i].run].series;
+    const watched = isFirst ? this.shown.filter((i) => rollouts[i].split === "heldout") : [];
+    const first = watched.sort((a, b) => place(a) - place(b))[0];
     const isGood = (i) => rollouts[i].correct && rollouts[i].grounding === "hit";
     // To begin with, something that has been learned.
     const track = first === undefined ? [] : trackOf(rollouts, first);
@@ -211,25 +215,13 @@ export class RolloutBrowser {
     slider.addEventListener("input", () => this.select(track[slider.valueAsNumber]));
     const play = make("button", { type: "button", id: "play", disabled: track.length < 2 }, "▶ play");
     play.addEventListener("click", () => this.timer ? this.stop() : this.play());
-    const strip = make(
-      "div",
-      { class: "strip" },
-      ...track.map((index, at) => {
-        const one = rollouts[index],
-          label = isSteps ? (one.step === 0 ? "base" : `step ${one.step}`) : `no. ${one.rollout + 1}`;
-        const cell = make(
-          "button",
-          {
-            ...{ type: "button", class: `cell ${one.correct ? "right" : "wrong"}`, tabindex: -1, "data-index": index },
-            "aria-label": `${label}: ${verdict(one)}`,
-          },
-          thumbnail(one),
-          make("span", {}, `${one.correct ? "✓" : "✗"} ${label}`),
-        );
-        cell.addEventListener("click", () => this.select(track[at]));
-        return cell;
-      }),
-    );
+    const strip = make("div", { class: "strip" });
+    // Dozens of pictures: they come after what was asked for.
+    clearTimeout(this.later);
+    this.later = setTimeout(() => {
+      strip.append(...track.map((index) => this.cell(index, isSteps)));
+      this.markCell(strip);
+    }, LATER);
     return make(
       "div",
       { class: "track" },
@@ -245,12 +237,31 @@ export class RolloutBrowser {
     const text = rollout.split === "heldout" ? `step ${rollout.step}` : `rollout ${rollout.rollout + 1}`;
     slider.setAttribute("aria-valuetext", `${text}: ${verdict(rollout)}`);
     detail.querySelector("#slider-value").value = `${text} (${at + 1} of ${track.length})`;
-    for (const cell of detail.querySelectorAll(".cell")) {
-      const isHere = Number(cell.dataset.index) === this.selected;
-      cell.toggleAttribute("data-here", isHere);
-      const strip = cell.parentElement;
-      if (isHere) strip.scrollLeft = cell.offsetLeft - strip.clientWidth / 2 + cell.clientWidth / 2;
-    }
+    this.markCell(detail.querySelector(".strip"));
+  }
+
+  /** A picture of the strip. */
+  cell(index, isSteps) {
+    const one = this.page.rollouts[index];
+    const label = !isSteps ? `no. ${one.rollout + 1}` : one.step === 0 ? "base" : `step ${one.step}`;
+    const cell = make(
+      "button",
+      {
+        ...{ type: "button", class: `cell ${one.correct ? "right" : "wrong"}`, tabindex: -1, "data-index": index },
+        "aria-label": `${label}: ${verdict(one)}`,
+      },
+      thumbnail(one),
+      make("span", {}, `${one.correct ? "✓" : "✗"} ${label}`),
+    );
+    cell.addEventListener("click", () => this.select(index));
+    return cell;
+  }
+
+  /** Frames the picture of the strip that is looked at, and brings it into sight. */
+  markCell(strip) {
+    for (const cell of strip.children) cell.toggleAttribute("data-here", Number(cell.dataset.index) === this.selected);
+    const here = strip.querySelector("[data-here]");
+    if (here) strip.scrollLeft = here.offsetLeft - strip.clientWidth / 2 + here.clientWidth / 2;
   }
 
   play() {
