@@ -39,7 +39,12 @@ export const DEFAULT_ROLLOUTS = 4000;
 /** The curves, in their order; those of the paper's Figures 5 and 6 first. */
 const CURVES: readonly ChartSpec[] = [
   {
-    ...{ title: "Held-out accuracy", about: "(the paper’s Figure 5)", unit: "share", isLarge: true },
+    ...{
+      title: "Held-out accuracy",
+      about: "each method in its own turns (the paper’s Figure 5)",
+      unit: "share",
+      isLarge: true,
+    },
     metrics: [{ name: "eval/accuracy" }],
   },
   {
@@ -148,9 +153,7 @@ export async function renderReport(
 
 function curveSection(charts: readonly Chart[], series: readonly Series[], runs: readonly ReportRun[]): Markup {
   const drawn = metricNames(runs), phases = drawPhases(series);
-  const absent = CURVES.filter(({ metrics }) => !metrics.some(({ name }) => drawn.has(name))).map(({ title }) =>
-    title.toLowerCase()
-  );
+  const absent = CURVES.filter(({ metrics }) => !metrics.some(({ name }) => drawn.has(name))).map(({ title }) => title);
   const several = series.some((one) => one.runs.length > 1);
   return html`<section id="curves"><h2>Curves by step</h2>
     <div class="legend" role="group" aria-label="Methods shown">${

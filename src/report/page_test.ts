@@ -3,7 +3,7 @@ import { pathToFileURL } from "node:url";
 import type { SavedRollout } from "../run/rollout_files.ts";
 import { answer, type ServedPage } from "./live_page.ts";
 import { renderReport } from "./page.ts";
-import { withFolder, writeRun } from "./testing.ts";
+import { PICTURE, withFolder, writeRun } from "./testing.ts";
 import { ChromiumPage, findChromium } from "./testing_chromium.ts";
 
 const chromium = await findChromium();
@@ -166,6 +166,43 @@ browserTest("filters, list, slider and charts work by keyboard", async (page, pa
   );
   await page.value("document.querySelector('[data-series=\"1\"]').click()");
   assert.equal(await page.value("getComputedStyle(document.querySelector('#chart-2 .series-1')).display"), "none");
+});
+
+browserTest("of an incomplete run the rest is drawn, and what is missing is told in its place", async (page, path) => {
+  await writeRun(`${path}/runs/a`);
+  await Deno.remove(`${path}/runs/a/rollouts/${PICTURE}`);
+  await Deno.writeTextFile(`${path}/runs/a/metrics.jsonl`, '{"step":1,"reward/mean":0.5}\n{"step":2,"rew');
+  await Deno.mkdir(`${path}/runs/b`);
+  await Deno.writeTextFile(`${path}/runs/b/run.json`, "{}");
+  await open(page, path);
+  const problems = await page.value<string>("document.querySelector('.problems').textContent");
+  assert.match(
+    problems,
+    /a: metrics\.jsonl:2 is not a JSON object; .*1 picture is missing or damaged: pictures\/0123456789abcdef\.jpg/,
+  );
+  assert.match(
+    problems,
+    /b: run\.json names no method: it is of another version; metrics\.jsonl is missing; no rollouts were kept/,
+  );
+  assert.equal(await page.value("document.querySelectorAll('#chart-2 .series-0 circle').length"), 1);
+  assert.match(
+    await page.value("document.querySelector('.input .missing').textContent"),
+    /^picture missing: pictures\/0123456789abcdef\.jpg$/,
+  );
+  assert.equal(
+    await page.value("document.querySelectorAll('.input .frame .asked').length"),
+    1,
+    "its box is still drawn",
+  );
+  assert.ok(await page.value("document.querySelector('.crop img').decode().then(() => true)"), "the crop is there");
+  assert.ok(await page.value<number>("document.querySelector('.input .frame').clientHeight") > 100, "its place stays");
+});
+
+browserTest("a run that has only begun", async (page, path) => {
+  await writeRun(`${path}/runs/a`, { steps: 0, planned: 5, evaluations: [] });
+  await open(page, path);
+  assert.match(await page.value("document.querySelector('#curves').textContent"), /No run has metrics to draw/);
+  assert.match(await page.value("document.querySelector('#rollouts').textContent"), /No rollouts were kept/);
 });
 
 browserTest("a thousand rollouts answer a key at once", async (page, path) => {

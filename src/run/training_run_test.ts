@@ -64,6 +64,8 @@ Deno.test("a run that is stopped and resumed again and again ends like one that 
         "checkpoints/step-5/optimizer.safetensors",
         "result.json",
         "evaluations/step-4.json",
+        "rollouts/heldout-step-0.jsonl",
+        "rollouts/heldout-step-4.jsonl",
       ]
     ) {
       assert.deepEqual(await Deno.readFile(`${parts}/${file}`), await Deno.readFile(`${whole}/${file}`), file);

@@ -206,7 +206,7 @@ export class RolloutBrowser {
   }
 
   trackBar(track, { split }) {
-    const isSteps = split === "heldout", { rollouts } = this.page;
+    const isSteps = split === "heldout";
     const name = isSteps ? "This question over the steps of the run" : "The group: rollouts of this training question";
     const slider = make("input", {
       ...{ type: "range", id: "slider", min: 0, max: Math.max(0, track.length - 1), step: 1, "aria-label": name },

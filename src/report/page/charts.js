@@ -61,6 +61,8 @@ export class Charts {
       current = step;
       place(cursor, step);
       readout.hidden = false;
+      // On the side where the cursor isn't.
+      readout.style.marginLeft = step - from > (to - from) / 2 ? "0" : "auto";
       const lines = data.lines.filter((line) => !this.hidden.has(line.series));
       readout.replaceChildren(make("b", {}, `step ${step}`), ...lines.map((line) => valueOf(line, step)));
     };
