@@ -8,42 +8,7 @@
  * @module
  */
 
-/** A measured value: mean and standard deviation over seeds, a 95 % interval, and how many seeds (or items) it is from. */
-export interface ResultRow {
-  method: string;
-  split: string;
-  metric: string;
-  mean: number;
-  sd: number;
-  ci95: [number, number];
-  n: number;
-}
-
-/** A paired comparison of two methods. */
-export interface Comparison {
-  a: string;
-  b: string;
-  metric: string;
-  /** A paired t over seeds beside it. */
-  overSeeds?: { p: number };
-  /** Where `b` was looked at by another metric. */
-  metricOfB?: string;
-  split: string;
-  difference: number;
-  ci95: [number, number];
-  p: number;
-  test: string;
-}
-
-/** What of `benchmarks/results/NAME.json` is printed. */
-export interface Results {
-  name: string;
-  command: string;
-  commit: string;
-  seeds: number[];
-  rows: ResultRow[];
-  comparisons: Comparison[];
-}
+import type { ExperimentResult, ResultRow } from "../src/experiments/result.ts";
 
 /** .875; with a sign where it is a difference. */
 function number(value: number | null, signed = false): string {
@@ -66,7 +31,7 @@ function isRepeated(rows: readonly ResultRow[], metric: string): boolean {
 }
 
 /** One table a split: a row a method, a column a metric. */
-function splitTable(results: Results, split: string): string {
+function splitTable(results: ExperimentResult, split: string): string {
   const rows = results.rows.filter((row) => row.split === split);
   const methods = [...new Set(rows.map((row) => row.method))];
   const metrics = [...new Set(rows.map((row) => row.metric))].filter((metric) => !isRepeated(rows, metric));
@@ -82,7 +47,7 @@ function splitTable(results: Results, split: string): string {
   return table([`${split}`, ...metrics], body);
 }
 
-function comparisonTable({ comparisons }: Results): string {
+function comparisonTable({ comparisons }: ExperimentResult): string {
   const body = comparisons.map(({ a, b, metric, metricOfB, split, difference, ci95, p, test }) => [
     `${a} − ${b}`,
     split,
@@ -95,11 +60,14 @@ function comparisonTable({ comparisons }: Results): string {
 }
 
 /** The tables of one experiment. */
-export function markdown(results: Results): string {
+export function markdown(results: ExperimentResult): string {
   const splits = [...new Set(results.rows.map((row) => row.split))];
   return [
     `### ${results.name}`,
-    `\`${results.command}\`, seeds ${results.seeds.join(", ")}, commit ${results.commit.slice(0, 7)}`,
+    `\`${results.command}\`, seeds ${results.seeds.join(", ")}, commit ${results.commit?.slice(0, 7) ?? "unknown"}`,
+    ...(results.complete ? [] : [
+      `**Not complete**: ${results.missing.length} of its runs and evaluations are still to do; rows rest on what is.`,
+    ]),
     ...splits.map((split) => splitTable(results, split)),
     ...(results.comparisons.length > 0 ? [comparisonTable(results)] : []),
   ].join("\n\n");
