@@ -5,18 +5,17 @@
  */
 import type { EvaluationItem } from "../evaluate.ts";
 import { readCommit } from "../run/environment.ts";
-import type { StepRecord } from "../run/metrics.ts";
 import type { ComparisonSpec, Experiment, Method } from "./experiment.ts";
 import { type ItemMetric, itemValues, standardMetrics } from "./metrics.ts";
 import { type EvaluationPlan, isTrained, type Planner, type RunPlan } from "./plan.ts";
-import { readEvaluation, settingsOf } from "./runner.ts";
+import { readEvaluation, secondsOf, settingsOf } from "./runner.ts";
 import {
   bootstrapInterval,
   cohensD,
   cohensH,
   discordant,
   type Interval,
-  mcnemarExact,
+  mcnemarOverSeeds,
   meanAndDeviation,
   type PairedT,
   pairedT,
@@ -56,7 +55,10 @@ export interface ResultComparison {
   ci95: Interval;
   /** Two-sided. */
   p: number;
-  /** `mcnemar-exact` on all pairs of seed and item; `paired-t-items` where values aren't 0 and 1. */
+  /**
+   * `mcnemar-exact` on the items of each seed, of which `p` is the largest; `paired-t-items` on the items' means over seeds where
+   * values aren't 0 and 1.
+   */
   test: "mcnemar-exact" | "paired-t-items";
   /** Items that only `a` and only `b` got right, over all seeds. */
   discordant?: [onlyA: number, onlyB: number];
@@ -251,7 +253,7 @@ function compare(a: Values, b: Values, { finish = same, isBinary }: ItemMetric) 
     return {
       difference,
       ci95,
-      p: mcnemarExact(...split),
+      p: mcnemarOverSeeds(a, b),
       test: "mcnemar-exact" as const,
       discordant: split,
       effect,
@@ -269,7 +271,7 @@ function compare(a: Values, b: Values, { finish = same, isBinary }: ItemMetric) 
 async function runOf(run: RunPlan): Promise<ResultRun> {
   const { method, seed, path, hash, args } = run, settings = await settingsOf(run) ?? {};
   const command = `deno task train ${args.join(" ")}`;
-  return { method, seed, settings, path, seconds: await secondsOf(path), hash, command };
+  return { method, seed, settings, path, seconds: await secondsOf(path, false), hash, command };
 }
 
 function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): ExperimentResult["seconds"] {
@@ -277,11 +279,4 @@ function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): E
     const seconds = runs.filter((run) => run.method === method).map((run) => run.seconds);
     return seconds.length > 0 ? [{ method, ...meanAndDeviation(seconds), n: seconds.length }] : [];
   });
-}
-
-/** Seconds of a run but for its evaluations, from its own record. */
-async function secondsOf(path: string): Promise<number> {
-  const lines = (await Deno.readTextFile(`${path}/metrics.jsonl`)).trimEnd().split("\n");
-  const records = lines.map((line) => JSON.parse(line) as StepRecord);
-  return records.reduce((sum, r) => sum + (r["timing_s/total"] ?? 0) - (r["timing_s/eval"] ?? 0), 0);
 }

@@ -9,6 +9,7 @@ import { evaluate, type Evaluation } from "../evaluate.ts";
 import { openDataset } from "../data/catalogue.ts";
 import { loadPolicy } from "../policy/load.ts";
 import { InputError } from "../run/errors.ts";
+import type { StepRecord } from "../run/metrics.ts";
 import { formatBar, formatDuration, Progress } from "../run/progress.ts";
 import { newestCheckpoint, writeAtomically } from "../run/run_folder.ts";
 import { Interrupted } from "../run/tasks.ts";
@@ -227,23 +228,30 @@ export function evaluationCost({ options: { items = 1000, turns = 2 } }: Evaluat
 export class WorkClock {
   readonly #open: Map<string, number>;
   readonly #all: number;
+  readonly #pace: number;
   readonly #started = performance.now();
   #done = 0;
 
-  private constructor(open: Map<string, number>, all: number) {
+  private constructor(open: Map<string, number>, all: number, pace: number) {
     this.#open = open;
     this.#all = all;
+    this.#pace = pace;
   }
 
-  /** Looks at what is there already. */
+  /** Looks at what is there already, and at how long it took. */
   static async of(units: readonly Unit[]): Promise<WorkClock> {
     const open = new Map<string, number>();
-    let all = 0;
+    let all = 0, cost = 0, seconds = 0;
+    const note = (key: string, rough: number, took: number | undefined) => {
+      all++;
+      if (took === undefined) open.set(key, rough);
+      else [cost, seconds] = [cost + rough, seconds + took];
+    };
     for (const { name, run, evaluations } of units) {
-      if (run && ++all && !await isTrained(run)) open.set(name, trainingCost(run));
-      for (const plan of evaluations) if (++all && !await isEvaluated(plan)) open.set(plan.path, evaluationCost(plan));
+      if (run) note(name, trainingCost(run), await isTrained(run) ? await secondsOf(run.path) : undefined);
+      for (const plan of evaluations) note(plan.path, evaluationCost(plan), (await readEvaluation(plan))?.seconds);
     }
-    return new WorkClock(open, all);
+    return new WorkClock(open, all, cost > 0 ? seconds / cost : 1);
   }
 
   /** Pieces of work, done and in all. */
@@ -257,11 +265,11 @@ export class WorkClock {
     this.#open.delete(key);
   }
 
-  /** Seconds that the rest takes at the speed so far; by the rough costs before there is one. */
+  /** Seconds that the rest takes at the speed so far; before there is one, as what is cached took, or by the rough costs. */
   remaining(): number {
     const rest = [...this.#open.values()].reduce((a, b) => a + b, 0);
     const spent = (performance.now() - this.#started) / 1000;
-    return this.#done > 0 ? rest * spent / this.#done : rest;
+    return rest * (this.#done > 0 ? spent / this.#done : this.#pace);
   }
 
   /** `[3/40, ETA 0:12:00]` */
@@ -269,4 +277,12 @@ export class WorkClock {
     const [done, all] = this.pieces;
     return `[${done}/${all}, ETA ${formatDuration(this.remaining())}]`;
   }
+}
+
+/** Seconds of a run, by its own record. */
+export async function secondsOf(path: string, withEvaluations = true): Promise<number> {
+  const lines = (await Deno.readTextFile(`${path}/metrics.jsonl`)).trimEnd().split("\n");
+  const records = lines.map((line) => JSON.parse(line) as StepRecord);
+  const of = (r: StepRecord) => (r["timing_s/total"] ?? 0) - (withEvaluations ? 0 : r["timing_s/eval"] ?? 0);
+  return records.reduce((sum, record) => sum + of(record), 0);
 }

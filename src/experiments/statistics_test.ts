@@ -5,6 +5,7 @@ import {
   cohensH,
   discordant,
   mcnemarExact,
+  mcnemarOverSeeds,
   meanAndDeviation,
   pairedT,
   rowMeans,
@@ -35,6 +36,23 @@ Deno.test("McNemar's exact test agrees with whole-number arithmetic and with R's
   close(mcnemarExact(9, 2), 0.06543, 5e-6);
   assert.equal(mcnemarExact(0, 0), 1);
   assert.equal(mcnemarExact(5, 5), 1);
+});
+
+Deno.test("McNemar's test over seeds is that of the seed that says least", () => {
+  // Items that only a, and only b, got right in a seed; nobody gets the others right.
+  const seed = (onlyA: number, onlyB: number) =>
+    [[onlyA, 0], [onlyB, onlyA]].map(([count, from]) =>
+      Float64Array.from({ length: 60 }, (_, i) => Number(i >= from && i < from + count))
+    );
+  const test = (...seeds: [number, number][]) => {
+    const rows = seeds.map(([onlyA, onlyB]) => seed(onlyA, onlyB));
+    return mcnemarOverSeeds(rows.map(([a]) => a), rows.map(([, b]) => b));
+  };
+  assert.equal(test([9, 2]), mcnemarExact(9, 2));
+  assert.equal(test([30, 1], [9, 2], [20, 3]), mcnemarExact(9, 2));
+  assert.equal(test([2, 9], [1, 30]), mcnemarExact(2, 9));
+  // One seed against it, or nothing in sum: no evidence, however clear the others are.
+  assert.deepEqual([test([40, 0], [2, 5]), test([9, 2], [2, 9]), test([0, 0])], [1, 1, 1]);
 });
 
 Deno.test("the paired t test has Student's sleep data right", () => {
