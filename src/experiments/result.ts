@@ -8,7 +8,7 @@ import { readCommit } from "../run/environment.ts";
 import type { ComparisonSpec, Experiment, Method } from "./experiment.ts";
 import { type ItemMetric, itemValues, standardMetrics } from "./metrics.ts";
 import { type EvaluationPlan, isTrained, type Planner, type RunPlan } from "./plan.ts";
-import { readEvaluation, secondsOf, settingsOf } from "./runner.ts";
+import { readEvaluation, readManifest, secondsOf } from "./runner.ts";
 import {
   bootstrapInterval,
   cohensD,
@@ -81,6 +81,8 @@ export interface ResultRun {
   /** What it took without its evaluations. */
   seconds: number;
   hash: string;
+  /** Of the program that made it; the result's own is that of the program which put the tables together. */
+  commit: string | null;
   /** Makes it again. */
   command: string;
 }
@@ -269,9 +271,10 @@ function compare(a: Values, b: Values, { finish = same, isBinary }: ItemMetric) 
 }
 
 async function runOf(run: RunPlan): Promise<ResultRun> {
-  const { method, seed, path, hash, args } = run, settings = await settingsOf(run) ?? {};
+  const { method, seed, path, hash, args } = run, { settings = {}, environment } = await readManifest(run) ?? {};
   const command = `deno task train ${args.join(" ")}`;
-  return { method, seed, settings, path, seconds: await secondsOf(path, false), hash, command };
+  const commit = environment?.commit as string | null | undefined ?? null;
+  return { method, seed, settings, path, seconds: await secondsOf(path, false), hash, commit, command };
 }
 
 function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): ExperimentResult["seconds"] {

@@ -11,7 +11,7 @@ import { loadPolicy } from "../policy/load.ts";
 import { InputError } from "../run/errors.ts";
 import type { StepRecord } from "../run/metrics.ts";
 import { formatBar, formatDuration, Progress } from "../run/progress.ts";
-import { newestCheckpoint, writeAtomically } from "../run/run_folder.ts";
+import { newestCheckpoint, type RunManifest, writeAtomically } from "../run/run_folder.ts";
 import { Interrupted } from "../run/tasks.ts";
 import { readTemplate } from "../run/train_task.ts";
 import { runTraining } from "../run/training_run.ts";
@@ -114,7 +114,7 @@ async function trainRun(unit: Unit, run: RunPlan, parts: RunnerParts, clock: Wor
  * @throws {InputError} if it is finished: then there are results that rest on it.
  */
 async function refuseOtherVersion(run: RunPlan, isOpen: boolean, progress: Progress): Promise<void> {
-  const before = await settingsOf(run);
+  const before = (await readManifest(run))?.settings;
   if (!before) return;
   const now: Record<string, unknown> = run.settings;
   // Its limit of tokens comes from the policy. What a finished run doesn't know had no effect then.
@@ -128,10 +128,10 @@ async function refuseOtherVersion(run: RunPlan, isOpen: boolean, progress: Progr
   await Deno.remove(run.path, { recursive: true });
 }
 
-/** The settings in a run's `run.json`; undefined if it isn't begun. */
-export async function settingsOf(run: RunPlan): Promise<Record<string, unknown> | undefined> {
+/** What a run's `run.json` says; undefined if it isn't begun. */
+export async function readManifest(run: RunPlan): Promise<RunManifest | undefined> {
   try {
-    return JSON.parse(await Deno.readTextFile(`${run.path}/run.json`)).settings;
+    return JSON.parse(await Deno.readTextFile(`${run.path}/run.json`));
   } catch (error) {
     if (error instanceof Deno.errors.NotFound) return undefined;
     throw error;

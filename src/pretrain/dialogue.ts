@@ -11,8 +11,8 @@ import { defaultTemplate, renderChoices, renderTurn } from "../rollout.ts";
 import { gridStep, type View } from "./pool.ts";
 import { answerReply, groundingReply, refusalReply, tinyPhrases, unboxedReply } from "./tiny_files.ts";
 
-/** What a supervised token belongs to. */
-export type TokenKind = "ground" | "answer";
+/** What a supervised token belongs to: a box, the letter of an answer, the words around it. */
+export type TokenKind = "ground" | "letter" | "answer";
 
 /** A sequence to imitate. */
 export interface Lesson {
@@ -112,6 +112,7 @@ export class Composer {
   #answer(lesson: Lesson, ids: number[], scene: Scene, sign: number, boxed: boolean): void {
     const { colour, letter } = scene.signs[sign];
     const from = this.#say(lesson, ids, boxed ? answerReply(colour, letter) : unboxedReply(colour, letter), "answer");
+    lesson.targets[lesson.targets.findLastIndex(({ at }) => at === from + 2)].kind = "letter";
     lesson.looks.push({ sign, label: from, from: [from + 1] });
   }
 
@@ -121,13 +122,31 @@ export class Composer {
 
   /** One turn: the question with its choices about one picture, and the answer. */
   single(view: View, scene: Scene, sign: number, choices: readonly string[], boxed = true): Lesson {
-    const question = this.#question(scene, sign), offered = this.#choices(choices);
-    const prompt = this.#cached(
-      `single ${question}${offered}`,
-      () => this.policy.encodeChat(this.#messages("single", question, offered), [view.input]),
-    );
+    return this.reading(view, scene, [sign], [choices], boxed);
+  }
+
+  /** Several one-turn questions about one picture in one conversation. */
+  reading(
+    view: View,
+    scene: Scene,
+    signs: readonly number[],
+    choices: readonly (readonly string[])[],
+    boxed = true,
+  ): Lesson {
+    const question = this.#question(scene, signs[0]), offered = this.#choices(choices[0]);
+    const first = this.#messages("single", question, offered);
+    const prompt = this.#cached(`single ${question}${offered}`, () => this.policy.encodeChat(first, [view.input]));
     const { lesson, ids } = this.#start(prompt, [view.input]);
-    this.#answer(lesson, ids, scene, sign, boxed);
+    this.#answer(lesson, ids, scene, signs[0], boxed);
+    for (let i = 1; i < signs.length; i++) {
+      const [question, offered] = [this.#question(scene, signs[i]), this.#choices(choices[i])];
+      const again = renderTurn(defaultTemplate.single.slice(1), question, offered);
+      ids.push(...this.#cached(
+        `read ${question}${offered}`,
+        () => this.policy.encodeContinuation(first, [again], [], true),
+      ));
+      this.#answer(lesson, ids, scene, signs[i], boxed);
+    }
     return this.#finish(lesson);
   }
 

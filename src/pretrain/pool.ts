@@ -118,10 +118,10 @@ export class Pool {
   #policy: Policy;
 
   /**
-   * @param largeShare The share of large signs.
+   * @param largeShare The share of large signs; more than the world's, so that their letters are learnt from afar.
    * @param keep How many resized pictures are kept (37 KB each).
    */
-  constructor(policy: Policy, readonly largeShare = 0.3, readonly keep = 24_000) {
+  constructor(policy: Policy, readonly largeShare = 0.45, readonly keep = 24_000) {
     this.#policy = policy;
   }
 

@@ -11,7 +11,7 @@ import { gatherRows, logProbEntropy } from "../policy/ops.ts";
 import type { QwenPolicy } from "../policy/qwen.ts";
 import { head } from "../policy/text.ts";
 import { RandomStream } from "../random.ts";
-import { Composer, coordinateIds, type FirstTurn, type Lesson, wordIds } from "./dialogue.ts";
+import { Composer, coordinateIds, type FirstTurn, type Lesson, type TokenKind, wordIds } from "./dialogue.ts";
 import { type BoxKind, drawBox, type Pool, type View } from "./pool.ts";
 import { alignmentLoss, boxLoss, cellOf, guideLoss, patchLosses, placeLoss } from "./probes.ts";
 
@@ -43,8 +43,14 @@ export type StageName = typeof stageNames[number];
 /** What a step gives: named losses. */
 export type Losses = Record<string, number>;
 
-/** Grounding lessons of a step of `use` (four questions each), and one-turn lessons. */
-const GROUNDING = 48, ONE_TURN = 24;
+/** Grounding lessons of a step of `use` (four questions each), and one-turn lessons (three each). */
+const GROUNDING = 48, ONE_TURN = 32, ONE_TURN_QUESTIONS = 3;
+
+/** How much the kinds of tokens count, each kind taken on average. */
+const tokenWeights: Record<Exclude<StageName, "see">, Record<TokenKind, number>> = {
+  use: { ground: 2, letter: 1, answer: 0.5 },
+  habit: { ground: 1, letter: 0.5, answer: 0.8 },
+};
 
 const isTower = (name: string) => name.startsWith("visual.");
 
@@ -193,8 +199,9 @@ export class Stage {
     for (let i = 0; i < ONE_TURN; i++) {
       const { index, view } = this.#far(random),
         scene = this.#pool.scene(index),
-        sign = oneTurnSign(scene.signs, random);
-      lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random)));
+        signs = oneTurnSigns(scene.signs, random).slice(0, ONE_TURN_QUESTIONS);
+      const choices = signs.map((sign) => this.#choices(scene.signs[sign].letter, random));
+      lessons.push(this.#composer.reading(view, scene, signs, choices));
       far.push(view);
     }
     for (let i = 0; i < 40; i++) {
@@ -224,7 +231,7 @@ export class Stage {
       const { index, view } = this.#far(random), scene = this.#pool.scene(index), sign = random.int(scene.signs.length);
       let first: FirstTurn = { refuse: true };
       if (random.uniform() < 0.33) {
-        const kind = weighted<BoxKind>(random, [["exact", 0.41], ["good", 0.41], ["loose", 0.04], ["miss", 0.14]]);
+        const kind = weighted<BoxKind>(random, [["exact", 0.45], ["good", 0.43], ["loose", 0.04], ["miss", 0.08]]);
         const box = drawBox(scene, sign, kind, random);
         first = { box, crop: this.#pool.crop(index, box).input };
       } else if (random.uniform() < 0.05) {
@@ -238,7 +245,7 @@ export class Stage {
     for (let i = 0; i < 36; i++) {
       const { index, view } = this.#far(random),
         scene = this.#pool.scene(index),
-        sign = oneTurnSign(scene.signs, random);
+        [sign] = oneTurnSigns(scene.signs, random);
       lessons.push(this.#composer.single(view, scene, sign, this.#choices(scene.signs[sign].letter, random), boxed()));
     }
     for (let i = 0; i < 16; i++) {
@@ -323,7 +330,7 @@ export class Stage {
       const logits = head(this.policy.config, this.policy.weights, gatherRows(hidden, rows));
       const both = logProbEntropy(logits, targets, null, 1);
       const logp = tf.reshape(tf.slice(both, [0, 0], [1, rows.length]), [rows.length]);
-      for (const [kind, weight] of [["ground", use ? 2 : 1], ["answer", 1]] as const) {
+      for (const [kind, weight] of Object.entries(tokenWeights[use ? "use" : "habit"])) {
         const count = kinds.filter((k) => k === kind).length;
         if (count === 0) continue;
         const w = tf.tensor1d(Float32Array.from(kinds, (k) => k === kind ? -1 / count : 0));
@@ -347,10 +354,10 @@ function weighted<T>(random: RandomStream, kinds: readonly [T, number][]): T {
   return kinds[kinds.length - 1][0];
 }
 
-/** One-turn questions ask about large signs more often: only those can be answered from afar. */
-function oneTurnSign(signs: readonly { scale: number }[], random: RandomStream): number {
-  const large = signs.flatMap((s, i) => s.scale > 3 ? [i] : []);
-  return large.length > 0 && random.uniform() < 0.7 ? random.choice(large) : random.int(signs.length);
+/** In which order one-turn questions ask about signs: often large ones first, as only those can be read from afar. */
+function oneTurnSigns(signs: readonly { scale: number }[], random: RandomStream): number[] {
+  const order = random.shuffle(signs.map((_, i) => i));
+  return random.uniform() < 0.6 ? order.sort((a, b) => signs[b].scale - signs[a].scale) : order;
 }
 
 function distinct(views: readonly View[]): { far: View[]; crops: View[] } {
