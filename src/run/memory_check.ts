@@ -24,8 +24,9 @@ import { InputError } from "./errors.ts";
 const LOOKED_AT = 4;
 
 /**
- * How large conversations of the data become with a policy's pictures and words; the largest of the first few samples, once with the
- * whole picture as crop and once with no valid box.
+ * How large conversations of the data become with a policy's pictures and words: as many words as the longest of a few samples
+ * spread over the data, asked once with the whole picture as crop and once with no valid box, and the largest pictures that the
+ * pixel budget lets through, whatever those samples show.
  *
  * @param policy Its weights are not used.
  * @returns Undefined if none of these samples can be read.
@@ -35,15 +36,21 @@ export async function conversationSize(
   dataset: Dataset,
   { turns, template }: { turns: number; template?: Partial<PromptTemplate> },
 ): Promise<ConversationSize | undefined> {
-  const positions = Array.from({ length: Math.min(LOOKED_AT, dataset.size) }, (_, i) => i);
+  const count = Math.min(LOOKED_AT, dataset.size), apart = dataset.size === Infinity ? 1 : dataset.size / count;
+  const positions = Array.from({ length: count }, (_, i) => Math.floor(i * apart));
   const samples = await readSamples(dataset, positions), size = { promptTokens: 0, turnTokens: 0, imageTokens: 0 };
+  const { maxPixels, patchSize, mergeSize } = policy.processor.config;
+  const most = Math.floor(maxPixels / (patchSize * mergeSize) ** 2);
   for (const cropInstead of [undefined, wholePicture]) {
     const { trajectories } = await rollout(silent(policy), samples, { turns, template, groupSize: 1, cropInstead });
     for (const { assistantMask, images } of trajectories) {
+      const shown = images.map((image) => imageTokens(image, policy.config));
+      const more = shown.map((tokens) => Math.max(0, most - tokens));
       const prompt = assistantMask.indexOf(1), given = assistantMask.filter((m) => m === 0).length;
-      size.promptTokens = Math.max(size.promptTokens, prompt);
-      if (turns > 1) size.turnTokens = Math.max(size.turnTokens, Math.ceil((given - prompt) / (turns - 1)) + 1);
-      size.imageTokens = Math.max(size.imageTokens, ...images.map((image) => imageTokens(image, policy.config)));
+      const later = given - prompt + more.slice(1).reduce((sum, tokens) => sum + tokens, 0);
+      size.promptTokens = Math.max(size.promptTokens, prompt + more[0]);
+      if (turns > 1) size.turnTokens = Math.max(size.turnTokens, Math.ceil(later / (turns - 1)) + 1);
+      size.imageTokens = Math.max(size.imageTokens, most, ...shown);
     }
   }
   return size.promptTokens > 0 ? size : undefined;

@@ -50,6 +50,25 @@ for (const backend of ["wasm", "webgpu"] as const) {
   }
 }
 
+Deno.test("the estimate counts on the largest pictures of the budget, whatever the first samples show", async () => {
+  await chooseBackend("wasm", { onLost: () => {} });
+  const world = signs(), pixels = { minPixels: 56 * 56, maxPixels: 224 * 224 };
+  const small = (count: number) => ({
+    ...world,
+    get: async (index: number) => {
+      const sample = await world.get(index);
+      return { ...sample, picture: async () => (await sample.picture()).crop([0, 0, 40 * (count + 1), 56]) };
+    },
+  });
+  const totals = [];
+  for (const dataset of [world, small(1), small(2)]) {
+    const train = { prompts: 2, groupSize: 2 };
+    totals.push((await checkMemory({ policy: "tiny", pixels, dataset, train, isEvaluated: false, backend: "wasm" }))!);
+  }
+  assert.deepEqual(totals[1], totals[0]);
+  assert.deepEqual(totals[2], totals[0]);
+});
+
 /** The sizes of Qwen2.5-VL-3B. */
 const large = {
   text: {
