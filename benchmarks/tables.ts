@@ -1,8 +1,10 @@
 /**
- * Prints the results of experiments as Markdown, the way they stand in benchmarks/README.md:
+ * Prints the results of experiments as Markdown, or puts them where they stand in a page, between `<!-- table NAME -->` and
+ * `<!-- end NAME -->`:
  *
  * ```sh
  * deno run --allow-read benchmarks/tables.ts benchmarks/results/main.json
+ * deno run --allow-read --allow-write benchmarks/tables.ts --into benchmarks/README.md benchmarks/results/*.json
  * ```
  *
  * @module
@@ -48,23 +50,36 @@ function splitTable(results: ExperimentResult, split: string): string {
 }
 
 function comparisonTable({ comparisons }: ExperimentResult): string {
-  const body = comparisons.map(({ a, b, metric, metricOfB, split, difference, ci95, p, test }) => [
+  const body = comparisons.map(({ a, b, metric, metricOfB, split, difference, ci95, p, test, effect }) => [
     `${a} − ${b}`,
     split,
     metricOfB ? `${metric} − ${metricOfB}` : metric,
     `${number(difference, true)} [${number(ci95[0], true)}, ${number(ci95[1], true)}]`,
     p === 0 ? "< 1e-300" : p < 1e-4 ? p.toExponential(0) : p.toPrecision(2),
     test,
+    effect ? `${effect.name === "cohens-h" ? "h" : "d"} = ${number(effect.value)}` : "–",
   ]);
-  return table(["", "split", "metric", "difference [95 %]", "p", "test"], body);
+  return table(["", "split", "metric", "difference [95 %]", "p", "test", "effect"], body);
+}
+
+/** The commits that made the runs. */
+function commitsOf({ runs, commit }: ExperimentResult): string {
+  const all = [...new Set(runs.map((run) => run.commit ?? commit))];
+  return all.map((each) => each?.slice(0, 7) ?? "unknown").join(", ");
+}
+
+/** What everything took that the tables rest on, runs that other experiments share included. */
+function timeOf({ runs, evaluations }: ExperimentResult): string {
+  const seconds = new Map([...runs, ...evaluations].map(({ path, seconds }) => [path, seconds]));
+  const minutes = [...seconds.values()].reduce((sum, each) => sum + each, 0) / 60;
+  return `${minutes.toFixed(0)} minutes of one core`;
 }
 
 /** The tables of one experiment. */
 export function markdown(results: ExperimentResult): string {
   const splits = [...new Set(results.rows.map((row) => row.split))];
   return [
-    `### ${results.name}`,
-    `\`${results.command}\`, seeds ${results.seeds.join(", ")}, commit ${results.commit?.slice(0, 7) ?? "unknown"}`,
+    `\`${results.command}\`, seeds ${results.seeds.join(", ")}, commit ${commitsOf(results)}, ${timeOf(results)}`,
     ...(results.complete ? [] : [
       `**Not complete**: ${results.missing.length} of its runs and evaluations are still to do; rows rest on what is.`,
     ]),
@@ -73,6 +88,27 @@ export function markdown(results: ExperimentResult): string {
   ].join("\n\n");
 }
 
+/**
+ * A page with the tables put in.
+ *
+ * @throws {RangeError} if it has no place for them.
+ */
+export function withTables(page: string, results: ExperimentResult): string {
+  const [start, end] = [`<!-- table ${results.name} -->`, `<!-- end ${results.name} -->`];
+  const from = page.indexOf(start), to = page.indexOf(end, from);
+  if (from < 0 || to < 0) throw new RangeError(`the page has no "${start}" with "${end}" after it`);
+  return `${page.slice(0, from + start.length)}\n\n${markdown(results)}\n\n${page.slice(to)}`;
+}
+
 if (import.meta.main) {
-  for (const path of Deno.args) console.log(markdown(JSON.parse(await Deno.readTextFile(path))) + "\n");
+  const [flag, page] = Deno.args, isInto = flag === "--into";
+  const paths = Deno.args.slice(isInto ? 2 : 0);
+  const read = async (path: string) => JSON.parse(await Deno.readTextFile(path)) as ExperimentResult;
+  if (isInto) {
+    let text = await Deno.readTextFile(page);
+    for (const path of paths) text = withTables(text, await read(path));
+    await Deno.writeTextFile(page, text);
+  } else {
+    for (const path of paths) console.log(`### ${(await read(path)).name}\n\n${markdown(await read(path))}\n`);
+  }
 }
