@@ -44,7 +44,7 @@ export const sft: Method = {
 export const grpo: Method = {
   name: "grpo",
   own: "one_turn",
-  train: { ...budget, method: "grpo", learningRate: 3e-4 },
+  train: { ...budget, method: "grpo", learningRate: 1e-4 },
 };
 
 /** Grounding first, then the answer; loss on both. */

@@ -231,7 +231,7 @@ export class Stage {
       const { index, view } = this.#far(random), scene = this.#pool.scene(index), sign = random.int(scene.signs.length);
       let first: FirstTurn = { refuse: true };
       if (random.uniform() < 0.33) {
-        const kind = weighted<BoxKind>(random, [["exact", 0.45], ["good", 0.43], ["loose", 0.04], ["miss", 0.08]]);
+        const kind = weighted<BoxKind>(random, [["exact", 0.72], ["good", 0.2], ["loose", 0.03], ["miss", 0.05]]);
         const box = drawBox(scene, sign, kind, random);
         first = { box, crop: this.#pool.crop(index, box).input };
       } else if (random.uniform() < 0.05) {
