@@ -1,5 +1,6 @@
 /**
- * The weights of bicubic resampling as Pillow has them: Keys' cubic with a = −0.5, widened by the scale when shrinking, in fixed point.
+ * The weights of bicubic resampling as Pillow has them: Keys' cubic with a = −0.5, widened by the scale when shrinking,
+ * in fixed point.
  *
  * @module
  */
@@ -7,7 +8,9 @@
 /** Fractional bits of a weight. */
 export const precision = 22;
 
-/** For every output position: where its taps begin, how many there are, and their integer weights, `size` places each. */
+/**
+ * For every output position: where its taps begin, how many there are, and their integer weights, `size` places each.
+ */
 export interface Taps {
   /** How many positions are resampled. */
   readonly from: number;

@@ -1,6 +1,6 @@
 /**
- * Bicubic resampling in fixed point, bit for bit as Pillow does it: Keys' cubic with a = −0.5, widened by the scale when
- * shrinking, in two passes (within rows first, then across them) with 8-bit values in between.
+ * Bicubic resampling in fixed point, bit for bit as Pillow does it: Keys' cubic with a = −0.5, widened by the scale
+ * when shrinking, in two passes (within rows first, then across them) with 8-bit values in between.
  *
  * @module
  */
@@ -42,12 +42,14 @@ export function resizeBicubic(
     throw new RangeError(`${width}x${height} pixels of ${channels} bytes expected, got ${source.length} bytes`);
   }
   if (outWidth === width && outHeight === height) return dropAlpha(source, channels);
-  resampler ??= Resampler.create() ?? null;
+  if (resampler === undefined) resampler = Resampler.create() ?? null;
   return resampler?.resize(source, channels, tapsFor(width, outWidth), tapsFor(height, outHeight)) ??
     resizePlain(source, channels, width, height, outWidth, outHeight);
 }
 
-/** {@linkcode resizeBicubic} in plain code: for engines without SIMD, for rows of enormous length, and to test the fast way against. */
+/**
+ * {@linkcode resizeBicubic} in plain code: for engines without SIMD, for rows of enormous length, and to test against.
+ */
 export function resizePlain(
   source: Uint8Array,
   channels: 3 | 4,

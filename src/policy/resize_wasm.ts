@@ -1,9 +1,10 @@
 /**
- * The fast way of `resize.ts`: both passes in a WebAssembly module of their own, on memory of its own, so it does not matter which backend
- * computes the rest. Results are those of the plain way, bit for bit.
+ * The fast way of `resize.ts`: both passes in a WebAssembly module of their own, on memory of its own, so it does not
+ * matter which backend computes the rest. Results are those of the plain way, bit for bit.
  *
- * A picture passes through in strips of rows: a strip is copied in and narrowed to the new width; a row of the result is made as soon
- * as the narrowed rows under its taps are there. So memory holds a strip and a window of narrowed rows, however high a picture is.
+ * A picture passes through in strips of rows: a strip is copied in and narrowed to the new width; a row of the result
+ * is made as soon as the narrowed rows under its taps are there. So memory holds a strip and a window of narrowed rows,
+ * however high a picture is.
  *
  * @module
  */

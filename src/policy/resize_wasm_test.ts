@@ -19,7 +19,10 @@ function resizeFast(
   return resampler.resize(source, channels, tapsFor(w, outW), tapsFor(h, outH), strip);
 }
 
-/** Kinds of pixels: noise, and what overshoots most: black and white in blocks of one and of two pixels and at a threshold. */
+/**
+ * Kinds of pixels: noise, and what overshoots most: black and white in blocks of one and of two pixels and at a
+ * threshold.
+ */
 const pixels = {
   noise: (random: RandomStream) => random.int(256),
   checkers: (_: RandomStream, x: number, y: number, c: number) => (x + y + c) % 2 * 255,
@@ -145,4 +148,22 @@ Deno.test("rows too long for the memory are left to plain code", () => {
   const w = 2 ** 24, taps = { from: w, size: 1, first: new Int32Array(1), count: new Int32Array(1).fill(1) };
   const across: Taps = { ...taps, weights: new Int32Array(1) };
   assert.equal(Resampler.create()!.resize(new Uint8Array(0), 4, across, tapsFor(1, 1)), undefined);
+});
+
+Deno.test("without SIMD there is no fast way", () => {
+  const { validate } = WebAssembly;
+  WebAssembly.validate = () => false;
+  try {
+    assert.equal(Resampler.create(), undefined);
+  } finally {
+    WebAssembly.validate = validate;
+  }
+});
+
+Deno.test("taps of different sizes are told apart", () => {
+  for (const [from, to] of [[1, 65_541], [2, 5], [65_537, 3], [1, 65_539]]) {
+    const taps = tapsFor(from, to);
+    assert.deepEqual([taps.from, taps.first.length], [from, to]);
+    assert.equal(tapsFor(from, to), taps);
+  }
 });

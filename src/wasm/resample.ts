@@ -1,13 +1,14 @@
 /**
  * Resampling of 8-bit pixels with integer weights, both passes of `policy/resize.ts`.
  *
- * A weight has up to 26 bits, more than an i16 can hold, so it is split exactly: `w = high · 2¹¹ + low`, 0 ≤ low < 2¹¹. Each half takes part
- * in products of i16 summed by neighbours (two taps at a time), and `(Σ high·p << 11) + Σ low·p` equals `Σ w·p` in integers that
- * wrap around at 32 bits, whatever the values: the results are those of plain code, bit for bit.
+ * A weight has up to 26 bits, more than an i16 can hold, so it is split exactly: `w = high · 2¹¹ + low`, 0 ≤ low < 2¹¹.
+ * Each half takes part in products of i16 summed by neighbours (two taps at a time), and `(Σ high·p << 11) + Σ low·p`
+ * equals `Σ w·p` in integers that wrap around at 32 bits, whatever the values: the results are those of plain code, bit
+ * for bit.
  *
- * Measured on 672 × 672 → 112 × 112 (the pass within rows; plain code: 2.8 ms): one tap at a time with i32 products 0.56 ms, this
- * 0.47 ms; three 7-bit digits with the four-tap products of relaxed SIMD 0.35 ms where the processor has them as one instruction
- * (AVX-VNNI), but 0.61 ms where it hasn't.
+ * Measured on 672 × 672 → 112 × 112 (the pass within rows; plain code: 2.8 ms): one tap at a time with i32 products
+ * 0.56 ms, this 0.47 ms; three 7-bit digits with the four-tap products of relaxed SIMD 0.35 ms where the processor has
+ * them as one instruction (AVX-VNNI), but 0.61 ms where it hasn't.
  *
  * @module
  */
@@ -26,7 +27,10 @@ export const SLACK_BYTES = 64;
 /** The weights of one side as the functions read them: an entry for each output position, all `entryBytes` long. */
 export interface TapTable {
   readonly entryBytes: number;
-  /** By entry: position of the first tap, bytes of the entry that count, then for each four taps low, low, high, high in pairs. */
+  /**
+   * By entry: position of the first tap, bytes of the entry that count, then for each four taps low, low, high, high in
+   * pairs.
+   */
   readonly words: Int32Array;
 }
 
@@ -68,15 +72,19 @@ function roundSums(f: FunctionBuilder, sums: readonly Sums[], precision: number)
   return f.v128(a.narrowToI16(b).narrowToU8(c.narrowToI16(d)));
 }
 
-/** Bytes of four pixels, so that each channel's first two taps and then its last two are neighbours; no alpha in three channels. */
+/**
+ * Bytes of four pixels, so that each channel's first two taps and then its last two are neighbours; no alpha in three
+ * channels.
+ */
 const byChannel = {
   3: [0, 3, 1, 4, 2, 5, 2, 5, 6, 9, 7, 10, 8, 11, 8, 11],
   4: [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15],
 } as const;
 
 /**
- * `rows3`, `rows4(source, sourceStride, rows, table, entryBytes, outWidth, to, toStride)`: the pass within rows, from pixels of three
- * or four bytes to pixels of four. Rows are taken four at a time, so up to three more are read and written.
+ * `rows3`, `rows4(source, sourceStride, rows, table, entryBytes, outWidth, to, toStride)`: the pass within rows, from
+ * pixels of three or four bytes to pixels of four. Rows are taken four at a time, so up to three more are read and
+ * written.
  */
 function emitRows(m: ModuleBuilder, channels: 3 | 4, precision: number): void {
   const parameters = ["i32", "i32", "i32", "i32", "i32", "i32", "i32", "i32"] as const;
@@ -133,8 +141,8 @@ function addTwoRows(f: FunctionBuilder, sums: readonly Sums[], at: I32, stride: 
 }
 
 /**
- * `columns(source, stride, entry, width, to)`: one row of the pass across rows, from pixels of four bytes to RGB. `source` is the row of
- * the first tap; up to three rows beyond the last tap are read.
+ * `columns(source, stride, entry, width, to)`: one row of the pass across rows, from pixels of four bytes to RGB.
+ * `source` is the row of the first tap; up to three rows beyond the last tap are read.
  */
 function emitColumns(m: ModuleBuilder, precision: number): void {
   m.function("columns", ["i32", "i32", "i32", "i32", "i32"], (f, source, stride, entry, width, to) => {
