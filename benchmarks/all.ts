@@ -28,6 +28,7 @@ import type { Benchmark, BenchmarkSettings, Row } from "./benchmark.ts";
 import { decode } from "./decode.ts";
 import { phases } from "./phases.ts";
 import { prefill } from "./prefill.ts";
+import { resize } from "./resize.ts";
 import { bandwidthRoof, dispatchCost, matmulRoof, matmulRoofWasm } from "./roof.ts";
 import { roofShare } from "./roof_share.ts";
 import { type ShapeName, shapeNames } from "./shapes.ts";
@@ -40,7 +41,7 @@ import { update } from "./update.ts";
 /** The quick ones first, so that a run that is cut short has most of the rows. */
 function benchmarks(shapes?: readonly ShapeName[]): readonly Benchmark[] {
   return [
-    ...[dispatchCost, bandwidthRoof, matmulRoof, matmulRoofWasm],
+    ...[dispatchCost, bandwidthRoof, matmulRoof, matmulRoofWasm, resize],
     ...[decode, update, threads, sharedPrefix, prefill, phases, roofShare(shapes), ...slopes, step],
   ];
 }

@@ -1,6 +1,6 @@
 /**
  * Draws the scenes of signs.ts: a soft noise background, signs with plates and letters, and a light that changes across the
- * picture. About 2.5 ms for 672 × 672 pixels once the background textures exist.
+ * picture. About 1 ms for 672 × 672 pixels once the background textures exist.
  *
  * @module
  */
@@ -203,14 +203,17 @@ function lightTable(size: number): Int32Array {
   return Int32Array.from({ length: size }, (_, i) => Math.round(65536 * (1 + lighting * (2 * (i + 0.5) / size - 1))));
 }
 
-/** Lights the picture in place: red by column, blue by row. The bitmap clamps what becomes too bright. */
+/**
+ * Lights the picture in place: red by column, blue by row; what becomes too bright stays at 255. A pixel is one
+ * little-endian word, red lowest. Blue's factor is the same along a row, so it is looked up by value.
+ */
 function light(image: Image, size: number): void {
-  const rgba = image.bitmap, table = lightTable(size);
+  const pixels = new Int32Array(image.bitmap.buffer), table = lightTable(size), blues = new Int32Array(256);
   for (let y = 0, i = 0; y < size; y++) {
-    const blue = table[y];
-    for (let x = 0; x < size; x++, i += 4) {
-      rgba[i] = rgba[i] * table[x] + 32768 >> 16;
-      rgba[i + 2] = rgba[i + 2] * blue + 32768 >> 16;
+    for (let v = 0; v < 256; v++) blues[v] = Math.min(255, v * table[y] + 32768 >> 16) << 16;
+    for (let x = 0; x < size; x++, i++) {
+      const pixel = pixels[i], red = Math.min(255, Math.imul(pixel & 255, table[x]) + 32768 >> 16);
+      pixels[i] = pixel & 0xff00ff00 | blues[pixel >> 16 & 255] | red;
     }
   }
 }

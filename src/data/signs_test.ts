@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { RandomStream } from "../random.ts";
+import { makeCountingScene } from "./counting.ts";
 import { makeScene, type Scene, signColours, signLetters, signs } from "./signs.ts";
 import { drawScene, signFont } from "./signs_draw.ts";
 
@@ -158,6 +159,33 @@ Deno.test("the same scene is drawn with the same bytes as when it was recorded",
   assert.deepEqual(prints.map(([i, split]) => drawScene(makeScene(0, i, { split })).fingerprint), [
     "92c7dc4f1d62f0ff",
     "5e82b5a512f80726",
+  ]);
+});
+
+Deno.test("scenes of all worlds and sizes are drawn with the same bytes as when they were recorded", () => {
+  const scenes = [0, 1, 2, 3, 4, 5].flatMap((index): Scene[] => {
+    const split = index % 2 ? "heldout" : "train";
+    return [makeScene(3, index, { split }), makeScene(3, index, { split, world: "shifted" })];
+  });
+  scenes.push(makeCountingScene(3, 0), makeCountingScene(3, 1));
+  scenes.push(makeScene(3, 9, { size: 504 }), makeScene(3, 9, { size: 1344 }));
+  assert.deepEqual(scenes.map((scene) => drawScene(scene).fingerprint), [
+    "609a72b81bea0465",
+    "a743ec40cbfbd0c7",
+    "e3b96e882e031382",
+    "19f92125216d7cb5",
+    "bcbd72f970e92e2f",
+    "a0d9435c7a4587a7",
+    "ff56d7ad63170947",
+    "40e2a392c05650ce",
+    "4ce5d076e6e82a64",
+    "534f86bc22973611",
+    "7efce2ba60594eb1",
+    "55512d14c96786f4",
+    "977416fc3ccf95d3",
+    "901dc1e18c6ef005",
+    "e62aa846157dd993",
+    "f93e68e6da32d52e",
   ]);
 });
 

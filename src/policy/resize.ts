@@ -1,70 +1,16 @@
 /**
- * Bicubic resampling in fixed point, bit for bit as Pillow does it: Keys' cubic with a = −0.5, widened by the scale when
- * shrinking, in two passes (columns first, then rows) with 8-bit values in between.
+ * Bicubic resampling in fixed point, bit for bit as Pillow does it: Keys' cubic with a = −0.5, widened by the scale
+ * when shrinking, in two passes (within rows first, then across them) with 8-bit values in between.
  *
  * @module
  */
+import { precision, tapsFor } from "./bicubic.ts";
+import { Resampler } from "./resize_wasm.ts";
 
-/** Fractional bits of a weight. */
-const precision = 22;
 const half = 1 << (precision - 1);
 
-/** For every output position: where its taps begin, how many there are, and their integer weights, `size` places each. */
-interface Taps {
-  size: number;
-  first: Int32Array;
-  count: Int32Array;
-  weights: Int32Array;
-}
-
-/** Keys' cubic convolution kernel, a = −0.5, zero from 2 on. */
-function cubic(x: number): number {
-  const a = -0.5;
-  x = Math.abs(x);
-  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
-  if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
-  return 0;
-}
-
-/** The taps that resample `from` positions to `to`. */
-function makeTaps(from: number, to: number): Taps {
-  const scale = from / to, stretch = Math.max(scale, 1), support = 2 * stretch;
-  const size = Math.ceil(support) * 2 + 1;
-  const taps: Taps = {
-    size,
-    first: new Int32Array(to),
-    count: new Int32Array(to),
-    weights: new Int32Array(to * size),
-  };
-  const real = new Float64Array(size);
-  for (let i = 0; i < to; i++) {
-    const center = (i + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(center - support + 0.5));
-    const count = Math.min(from, Math.trunc(center + support + 0.5)) - first;
-    let sum = 0;
-    for (let k = 0; k < count; k++) sum += real[k] = cubic((k + first - center + 0.5) * (1 / stretch));
-    for (let k = 0; k < count; k++) {
-      const weight = (sum !== 0 ? real[k] / sum : real[k]) * (1 << precision);
-      taps.weights[i * size + k] = Math.trunc(weight < 0 ? weight - 0.5 : weight + 0.5);
-    }
-    taps.first[i] = first;
-    taps.count[i] = count;
-  }
-  return taps;
-}
-
-/** Taps by sizes: a run resizes pictures of the same few sizes over and over. Bounded, as crops can have any size. */
-const known = new Map<number, Taps>();
-
-function tapsFor(from: number, to: number): Taps {
-  const key = from * 65536 + to;
-  let taps = known.get(key);
-  if (!taps) {
-    if (known.size >= 64) known.clear();
-    known.set(key, taps = makeTaps(from, to));
-  }
-  return taps;
-}
+/** Compiled at first use; null where the engine has no SIMD. */
+let resampler: Resampler | null | undefined;
 
 /** Rounds an accumulator that began at {@linkcode half} to 0..255. */
 function clip(sum: number): number {
@@ -95,6 +41,23 @@ export function resizeBicubic(
   if (source.length !== width * height * channels) {
     throw new RangeError(`${width}x${height} pixels of ${channels} bytes expected, got ${source.length} bytes`);
   }
+  if (outWidth === width && outHeight === height) return dropAlpha(source, channels);
+  if (resampler === undefined) resampler = Resampler.create() ?? null;
+  return resampler?.resize(source, channels, tapsFor(width, outWidth), tapsFor(height, outHeight)) ??
+    resizePlain(source, channels, width, height, outWidth, outHeight);
+}
+
+/**
+ * {@linkcode resizeBicubic} in plain code: for engines without SIMD, for rows of enormous length, and to test against.
+ */
+export function resizePlain(
+  source: Uint8Array,
+  channels: 3 | 4,
+  width: number,
+  height: number,
+  outWidth: number,
+  outHeight: number,
+): Uint8Array {
   const narrowed = outWidth === width
     ? dropAlpha(source, channels)
     : resizeRows(source, channels, width, height, outWidth);

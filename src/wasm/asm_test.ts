@@ -87,6 +87,33 @@ Deno.test("vectors: arithmetic, shuffles, masks, doubles, far offsets", () => {
   assert.deepEqual([...data.slice(10_005, 10_009)], [2, 1, 0, 4]);
 });
 
+Deno.test("vectors of integers: bytes widened, paired products, shifts, narrowing with saturation", () => {
+  const m = new ModuleBuilder();
+  m.function("work", ["i32"], (f, at) => {
+    const [bytes, weights] = [f.v128(load.v128(at)), f.v128(load.v128(at, 16))];
+    const low = f.v128(bytes.widenLow().dotPairs(weights)), high = f.v128(bytes.widenHigh().dotPairs(weights));
+    f.storeV128(at, low, 32);
+    f.storeV128(at, high, 48);
+    f.storeV128(at, low.intShr(3), 64);
+    f.storeV128(at, low.narrowToI16(high), 80);
+    f.storeV128(at, low.narrowToI16(high).narrowToU8(weights), 96);
+    f.storeV128(at, bytes.shuffleBytes(weights, [15, 0, 16, 31, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]), 112);
+    f.storeI32(at, low.intLane(3), 128);
+  }, { exported: true });
+  const { exports, memory } = instantiate(m);
+  const bytes = new Uint8Array(memory.buffer);
+  bytes.set([0, 255, 128, 1, 2, 3, 200, 100, 255, 255, 4, 5, 0, 0, 7, 9]);
+  new Int16Array(memory.buffer).set([1, -2, 1000, 1, -5, 7, -32768, 32767], 8);
+  exports.work(0);
+  const low = [-510, 128_001, 11, -3_276_900], high = [-255, 4005, 0, 65_527];
+  assert.deepEqual([...new Int32Array(memory.buffer, 32, 12)], [...low, ...high, -64, 16_000, 1, -409_613]);
+  const narrowed = [-510, 32_767, 11, -32_768, -255, 4005, 0, 32_767];
+  assert.deepEqual([...new Int16Array(memory.buffer, 80, 8)], narrowed);
+  assert.deepEqual([...bytes.slice(96, 112)], [0, 255, 11, 0, 0, 255, 0, 255, 1, 0, 255, 1, 0, 7, 0, 255]);
+  assert.deepEqual([...bytes.slice(112, 117)], [9, 0, 1, 127, 255]);
+  assert.equal(new Int32Array(memory.buffer, 128, 1)[0], low[3]);
+});
+
 Deno.test("imports: called with their index, and refused after the first function", () => {
   const m = new ModuleBuilder();
   const log = m.import("log", ["f64"], "f64");

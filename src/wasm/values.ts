@@ -192,7 +192,7 @@ export class F64 {
   }
 }
 
-/** Four single-precision lanes; a few operations see them as four i32, two f64 or 128 bits. */
+/** Four single-precision lanes; a few operations see them as integers of 32, 16 or 8 bits, two f64 or 128 bits. */
 export class V128 {
   constructor(readonly code: Code) {}
   /** The same constant in all lanes. */
@@ -278,8 +278,36 @@ export class V128 {
   intShl(bits: number): V128 {
     return new V128([...this.code, ...I32.of(bits).code, ...simd(171)]);
   }
+  /** The lower eight bytes, each taken as 0..255, as eight i16. */
+  widenLow(): V128 {
+    return this.#unary(137);
+  }
+  /** The upper eight bytes, each taken as 0..255, as eight i16. */
+  widenHigh(): V128 {
+    return this.#unary(138);
+  }
+  /** Products of eight i16 and eight i16, summed by neighbours: four i32. */
+  dotPairs(other: V128): V128 {
+    return this.#with(other, 186);
+  }
+  /** Lanes taken as i32, shifted right with their sign. */
+  intShr(bits: number): V128 {
+    return new V128([...this.code, ...I32.of(bits).code, ...simd(172)]);
+  }
+  /** Lanes of this and of `other` taken as i32, held to what i16 can say: eight i16. */
+  narrowToI16(other: V128): V128 {
+    return this.#with(other, 133);
+  }
+  /** Eight i16 of this and eight of `other`, held to 0..255: sixteen bytes. */
+  narrowToU8(other: V128): V128 {
+    return this.#with(other, 102);
+  }
   lane(index: 0 | 1 | 2 | 3): F32 {
     return new F32([...this.code, ...simd(31), index]);
+  }
+  /** A lane taken as i32. */
+  intLane(index: 0 | 1 | 2 | 3): I32 {
+    return new I32([...this.code, ...simd(27), index]);
   }
   withLane(index: 0 | 1 | 2 | 3, value: F32): V128 {
     return new V128([...this.code, ...value.code, ...simd(32), index]);
@@ -287,6 +315,10 @@ export class V128 {
   /** Lanes picked from this (0..3) and `other` (4..7). */
   shuffle(other: V128, lanes: readonly [number, number, number, number]): V128 {
     const bytes = lanes.flatMap((lane) => [4 * lane, 4 * lane + 1, 4 * lane + 2, 4 * lane + 3]);
+    return new V128([...this.code, ...other.code, ...simd(13), ...bytes]);
+  }
+  /** Sixteen bytes picked from this (0..15) and `other` (16..31). */
+  shuffleBytes(other: V128, bytes: readonly number[]): V128 {
     return new V128([...this.code, ...other.code, ...simd(13), ...bytes]);
   }
   /** The lower two lanes as f64. */
