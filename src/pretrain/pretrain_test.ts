@@ -41,6 +41,28 @@ Deno.test("lessons have exactly the prompts of rollouts", async () => {
   policy.dispose();
 });
 
+Deno.test("a lesson of several questions begins as one of a single question, and letters count apart", async () => {
+  const policy = await initialPolicy(0), pool = new Pool(policy), composer = new Composer(policy);
+  const scene = pool.scene(7), view = pool.far(7), signs = [2, 0, 3];
+  const choices = signs.map((sign) => [scene.signs[sign].letter, "Q", "R", "Z"].sort());
+  const several = composer.reading(view, scene, signs, choices), ids = several.sequence.ids;
+  const single = composer.single(view, scene, signs[0], choices[0]).sequence.ids;
+  assert.deepEqual(ids.slice(0, single.length), single);
+  const said = several.targets.filter(({ kind }) => kind === "letter").map(({ at }) => policy.decode([ids[at]]));
+  assert.deepEqual(said, signs.map((sign) => scene.signs[sign].letter));
+  assert.equal(several.targets.filter(({ kind }) => kind === "answer").length, 4 * signs.length);
+  // Each question is one of its own, with its own choices.
+  const text = policy.decode(ids), asked = [...text.matchAll(/on the (\w+) sign\?((?: \w)+)/g)];
+  assert.deepEqual(asked.map(([, colour]) => colour), signs.map((sign) => scene.signs[sign].colour));
+  assert.deepEqual(asked.map(([, , offered]) => offered.trim().split(" ")), choices);
+  // A letter is predicted where attention is guided to its sign.
+  assert.deepEqual(
+    several.looks.map(({ sign, from }) => [sign, policy.decode([ids[from[0] + 1]])]),
+    signs.map((sign) => [sign, scene.signs[sign].letter]),
+  );
+  policy.dispose();
+});
+
 Deno.test("taught boxes are valid and their crops show the sign; missing boxes don't", async () => {
   const policy = await initialPolicy(0), pool = new Pool(policy);
   let missed = 0;
