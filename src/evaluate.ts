@@ -267,13 +267,17 @@ export function summarizeItems(
   };
 }
 
-/** An evaluation as metrics of a training step: `eval/accuracy`, `eval/valid_ratio`, `eval/hit_ratio`, … */
-export function evaluationMetrics(evaluation: Evaluation): Record<string, number> {
+/**
+ * An evaluation as metrics of a training step: `eval/accuracy`, `eval/valid_ratio`, `eval/hit_ratio`, …
+ *
+ * @param suffix Follows every name. @default {""}
+ */
+export function evaluationMetrics(evaluation: Evaluation, suffix = ""): Record<string, number> {
   const out: Record<string, number> = { "eval/accuracy": evaluation.accuracy.value };
   if (evaluation.valid) out["eval/valid_ratio"] = evaluation.valid.value;
   if (evaluation.hit) out["eval/hit_ratio"] = evaluation.hit.value;
   for (const [name, region] of Object.entries(evaluation.regions)) out[`eval/${name}_ratio`] = region.value;
   if (evaluation.gap) out["eval/gap"] = evaluation.gap.difference.value;
   out["eval/items"] = evaluation.items.length;
-  return out;
+  return Object.fromEntries(Object.entries(out).map(([name, value]) => [name + suffix, value]));
 }

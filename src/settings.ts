@@ -93,6 +93,8 @@ export interface TrainOptions extends ConversationOptions {
   evalEvery?: number;
   /** Items of such an evaluation. @default {200} */
   evalItems?: number;
+  /** Turns of evaluations: eval/accuracy is of the first number, eval/accuracy/N_turns of each further one. @default {as in training} */
+  evalTurns?: readonly number[];
   /** Softmax temperature of evaluations; 0 is greedy. @default {1} */
   evalTemperature?: number;
   /** Items that are evaluated at once. @default {64} */
@@ -287,6 +289,12 @@ export const trainTable = optionTable({
     help: "Held-out evaluation after every so many steps; 0 for none.",
   },
   evalItems: { kind: "integer", min: 1, default: 200, help: "Items of such an evaluation." },
+  evalTurns: {
+    kind: "integers",
+    min: 1,
+    defaultText: "as in training",
+    help: "Turns of evaluations: eval/accuracy is of the first number, eval/accuracy/N_turns of each further one.",
+  },
   evalTemperature: {
     kind: "number",
     min: 0,

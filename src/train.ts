@@ -29,10 +29,10 @@ import { resolveOptions } from "./run/options.ts";
 import { readSamples, stepPositions, yieldToEvents } from "./samples.ts";
 import { maxNewTokensFor, splitByTable, type TrainOptions, trainTable, withHints } from "./settings.ts";
 
-/** Settings of a run with every default worked out. Open may stay `delta` (no bound) and what rollouts have defaults for. */
+/** Settings of a run with every default worked out. Open may stay `delta` (no bound), `evalTurns` (as trained) and rollouts' own. */
 export type TrainSettings =
-  & Required<Omit<TrainOptions, "delta" | "minBoxSide" | "minCropSide" | "squareCrop">>
-  & Pick<TrainOptions, "delta" | "minBoxSide" | "minCropSide" | "squareCrop">;
+  & Required<Omit<TrainOptions, "delta" | "evalTurns" | "minBoxSide" | "minCropSide" | "squareCrop">>
+  & Pick<TrainOptions, "delta" | "evalTurns" | "minBoxSide" | "minCropSide" | "squareCrop">;
 
 /** What a run takes beside its settings: things that aren't plain values. */
 export interface TrainParts {
@@ -50,9 +50,9 @@ export interface TrainParts {
   onProgress?: (progress: StepProgress) => void;
   /** Called after the rollouts of a step; of an sft step without trajectories. */
   onRollouts?: (rollouts: StepRollouts) => void | Promise<void>;
-  /** Called after an evaluation within a step. */
+  /** Called after each evaluation within a step, in the order of `evalTurns`. */
   onEvaluation?: (step: number, evaluation: Evaluation) => void | Promise<void>;
-  /** Called for each batch of items that an evaluation asks, as `onBatch` of `evaluate`. */
+  /** Called for each batch of items that the first evaluation of a step asks, as `onBatch` of `evaluate`. */
   onEvaluationBatch?: EvaluateParts["onBatch"];
 }
 
@@ -208,19 +208,28 @@ export class Training {
   /**
    * Evaluates the policy on the held-out data as evaluation steps do.
    *
-   * @returns Undefined without held-out data.
+   * @returns One for each of `evalTurns`; none without held-out data.
    */
-  async evaluate(): Promise<Evaluation | undefined> {
+  async evaluate(): Promise<Evaluation[]> {
+    const { turns, evalTurns = [turns] } = this.settings, all: Evaluation[] = [];
+    for (const [i, asked] of evalTurns.entries()) {
+      const evaluation = await this.#evaluate(asked, i === 0 ? this.#parts.onEvaluationBatch : undefined);
+      if (evaluation) all.push(evaluation);
+    }
+    return all;
+  }
+
+  async #evaluate(turns: number, onBatch: EvaluateParts["onBatch"]): Promise<Evaluation | undefined> {
     const { heldOut, template } = this.#parts;
     if (!heldOut) return undefined;
-    const { turns, form, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, ...rest } = this.settings;
+    const { form, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, ...rest } = this.settings;
     return await evaluate(this.#policy, heldOut, {
       ...{ turns, form, maxNewTokens, topP, minBoxSide, maxAspect, minCropSide, squareCrop, template },
       temperature: rest.evalTemperature,
       items: rest.evalItems,
       batchSize: rest.evalBatch,
       onProgress: (done, items) => this.#report("eval", `${done}/${items} items`),
-      onBatch: this.#parts.onEvaluationBatch,
+      onBatch,
     });
   }
 
@@ -253,11 +262,11 @@ export class Training {
     const worked = performance.now();
     let evaluated: Record<string, number> = {};
     if (evalEvery > 0 && step % evalEvery === 0) {
-      const evaluation = await this.evaluate();
-      if (evaluation) {
-        evaluated = { ...evaluationMetrics(evaluation), "timing_s/eval": (performance.now() - worked) / 1000 };
+      for (const [i, evaluation] of (await this.evaluate()).entries()) {
+        evaluated = { ...evaluated, ...evaluationMetrics(evaluation, i === 0 ? "" : `/${evaluation.turns}_turns`) };
         await this.#parts.onEvaluation?.(step, evaluation);
       }
+      if (this.#parts.heldOut) evaluated["timing_s/eval"] = (performance.now() - worked) / 1000;
     }
     await yieldToEvents();
     const { numTensors, numBytes } = tf.memory();

@@ -3,6 +3,7 @@ import type { Dataset } from "./data/dataset.ts";
 import { signs } from "./data/signs.ts";
 import { tf } from "./deps.ts";
 import { chooseBackend } from "./gpu/backend.ts";
+import { evaluate } from "./evaluate.ts";
 import { loadPolicy } from "./policy/load.ts";
 import type { QwenPolicy } from "./policy/qwen.ts";
 import type { RewardFunction } from "./reward.ts";
@@ -95,6 +96,23 @@ Deno.test("another seed gives another run; grpo has one turn", async () => {
   assert.ok(!("grounding/valid_ratio" in a));
   policy.dispose();
   again.dispose();
+});
+
+Deno.test("evaluations with several turns are those that each gives alone, under names of their own", async () => {
+  const policy = await openPolicy(), heldOut = signs({ split: "heldout" }), seen: number[] = [];
+  const limits = { heldOut, evalEvery: 1, evalItems: 6, steps: 1, method: "grpo" } as const;
+  const [both] = await run(policy, { ...limits, evalTurns: [1, 2], onEvaluation: (_, e) => void seen.push(e.turns) });
+  assert.deepEqual(seen, [1, 2]);
+  assert.ok(both["eval/valid_ratio"] === undefined && both["eval/valid_ratio/2_turns"] !== undefined);
+  const { turns, accuracy, valid } = await evaluate(policy, heldOut, {
+    ...{ turns: 2, items: 6, template, maxNewTokens: small.maxNewTokens },
+  });
+  assert.equal(turns, 2);
+  assert.deepEqual(
+    [both["eval/accuracy/2_turns"], both["eval/valid_ratio/2_turns"], both["eval/items/2_turns"]],
+    [accuracy.value, valid!.value, 6],
+  );
+  policy.dispose();
 });
 
 Deno.test("sft lowers the cross-entropy of the right answers", async () => {

@@ -98,6 +98,15 @@ Deno.test("an experiment writes its tables, and what is done isn't done again", 
         }
       }
     }
+    const curve = (method: string, metric: string) =>
+      result.curves.find((other) => other.method === method && other.metric === metric);
+    const rewards = curve("mgpo", "reward/mean")!, own = result.runs.filter(({ method }) => method === "mgpo");
+    assert.deepEqual([rewards.steps, rewards.n], [Array.from({ length: rewards.steps.length }, (_, i) => i + 1), 2]);
+    const lines = await Promise.all(own.map(({ path }) => Deno.readTextFile(`${path}/metrics.jsonl`)));
+    const last = lines.map((text) => JSON.parse(text.trimEnd().split("\n").at(-1)!)["reward/mean"]);
+    assert.ok(Math.abs(rewards.mean.at(-1)! - (last[0] + last[1]) / 2) < 1e-5);
+    assert.equal(curve("base", "reward/mean"), undefined);
+    assert.equal(curve("warm", "policy_loss"), undefined);
     assert.equal(row("warm", "id", "accuracy"), undefined);
     assert.equal(row("base", "id", "accuracy")!.sd, 0);
     assert.equal(row("base", "id", "valid_ratio/one_turn"), undefined);

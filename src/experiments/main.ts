@@ -30,6 +30,9 @@ export const quickProtocols: Protocols = {
 /** The update budget that all methods share: 50 steps of 96 sequences. */
 export const budget = { steps: 50, prompts: 12, groupSize: 8, evalEvery: 10, evalItems: 100 } as const;
 
+/** One-turn methods are asked to ground, too, while they train (the paper's Figure 6). */
+const evalTurns = [1, 2];
+
 /** The base as it is, asked to answer at once. */
 export const base: Method = { name: "base", own: "one_turn" };
 
@@ -37,14 +40,14 @@ export const base: Method = { name: "base", own: "one_turn" };
 export const sft: Method = {
   name: "sft",
   own: "one_turn",
-  train: { ...budget, method: "sft", prompts: 96, learningRate: 3e-4 },
+  train: { ...budget, evalTurns, method: "sft", prompts: 96, learningRate: 3e-4 },
 };
 
 /** One turn, the same reward and optimizer; its rate is the best of 1e-4, 3e-4 and 1e-3. */
 export const grpo: Method = {
   name: "grpo",
   own: "one_turn",
-  train: { ...budget, method: "grpo", learningRate: 1e-4 },
+  train: { ...budget, evalTurns, method: "grpo", learningRate: 1e-4 },
 };
 
 /** Grounding first, then the answer; loss on both. */

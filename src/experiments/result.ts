@@ -6,6 +6,7 @@
 import type { EvaluationItem } from "../evaluate.ts";
 import { readCommit } from "../run/environment.ts";
 import type { ComparisonSpec, Experiment, Method } from "./experiment.ts";
+import { readRecords } from "../report/run_reader.ts";
 import { type ItemMetric, itemValues, standardMetrics } from "./metrics.ts";
 import { type EvaluationPlan, isTrained, type Planner, type RunPlan } from "./plan.ts";
 import { readEvaluation, readManifest, secondsOf } from "./runner.ts";
@@ -87,6 +88,20 @@ export interface ResultRun {
   command: string;
 }
 
+/** A metric of a method's runs, step by step. */
+export interface ResultCurve {
+  method: string;
+  /** As in `metrics.jsonl`. */
+  metric: string;
+  /** Steps at which it was measured; 0 is before the first. */
+  steps: number[];
+  /** Over seeds, one a step. */
+  mean: number[];
+  sd: number[];
+  /** Seeds. */
+  n: number;
+}
+
 /** What `benchmarks/results/NAME.json` holds. */
 export interface ExperimentResult {
   name: string;
@@ -100,6 +115,7 @@ export interface ExperimentResult {
   missing: string[];
   rows: ResultRow[];
   comparisons: ResultComparison[];
+  curves: ResultCurve[];
   runs: ResultRun[];
   /** What a training took without its evaluations, over seeds. Comparable only where the runs shared a machine in peace. */
   seconds: { method: string; mean: number; sd: number; n: number }[];
@@ -161,6 +177,7 @@ export async function assembleResult(
     missing,
     rows: rowsOf(experiment, tables),
     comparisons: experiment.comparisons.flatMap((spec) => comparisonsOf(spec, Object.keys(experiment.splits), tables)),
+    curves: await curvesOf(experiment, runs),
     runs,
     seconds: secondsByMethod(experiment, runs),
     evaluations,
@@ -275,6 +292,28 @@ async function runOf(run: RunPlan): Promise<ResultRun> {
   const command = `deno task train ${args.join(" ")}`;
   const commit = environment?.commit as string | null | undefined ?? null;
   return { method, seed, settings, path, seconds: await secondsOf(path, false), hash, commit, command };
+}
+
+/** Metrics that curves show, each also as `metric/N_turns`. */
+const CURVES = ["reward/mean", "grounding/valid_ratio", "eval/accuracy", "eval/valid_ratio", "eval/hit_ratio"];
+
+/** The runs' metrics by step, over the seeds that have them. */
+async function curvesOf({ methods }: Experiment, runs: readonly ResultRun[]): Promise<ResultCurve[]> {
+  const curves: ResultCurve[] = [];
+  for (const { name: method } of methods.filter(({ isStage }) => !isStage)) {
+    const own = runs.filter((run) => run.method === method);
+    const records = await Promise.all(own.map(({ path }) => readRecords(path)));
+    const names = new Set(records.flatMap((record) => [...record.values()].flatMap(Object.keys)));
+    for (const metric of [...names].filter((name) => CURVES.includes(name.replace(/\/\d+_turns$/, ""))).sort()) {
+      const steps = [...new Set(records.flatMap((record) => [...record.keys()]))].sort((a, b) => a - b)
+        .filter((step) => records.every((record) => record.get(step)?.[metric] !== undefined));
+      if (steps.length === 0) continue;
+      const points = steps.map((step) => meanAndDeviation(records.map((record) => record.get(step)![metric])));
+      const [mean, sd] = (["mean", "sd"] as const).map((key) => points.map((point) => Number(point[key].toFixed(5))));
+      curves.push({ method, metric, steps, mean, sd, n: own.length });
+    }
+  }
+  return curves;
 }
 
 function secondsByMethod({ methods }: Experiment, runs: readonly ResultRun[]): ExperimentResult["seconds"] {

@@ -14,7 +14,7 @@ import { base, main, mgpo, sft, source, splits } from "./main.ts";
 const stepsInTime = 28;
 
 /** Two turns, the true box in the first. */
-const demonstrated = { ...sft.train, turns: 2 } as const;
+const demonstrated = { ...sft.train, turns: 2, evalTurns: [2] } as const;
 
 const methods: readonly Method[] = [
   { ...base, own: "two_turn" },

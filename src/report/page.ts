@@ -50,13 +50,22 @@ const CURVES: readonly ChartSpec[] = [
   {
     ...{
       title: "Ratio of valid grounding",
-      about: "in training rollouts (the paper’s Figure 6)",
+      about: "held-out questions (the paper’s Figure 6)",
       unit: "share",
       isLarge: true,
     },
-    metrics: [{ name: "grounding/valid_ratio" }],
+    metrics: [
+      { name: "eval/valid_ratio", label: "in its own turns" },
+      { name: "eval/valid_ratio/2_turns", label: "asked in two turns" },
+    ],
   },
   { title: "Reward", about: "mean of a step", unit: "number", metrics: [{ name: "reward/mean" }] },
+  {
+    title: "Valid boxes while training",
+    about: "in rollouts",
+    unit: "share",
+    metrics: [{ name: "grounding/valid_ratio" }],
+  },
   {
     title: "Hit ratio",
     about: "training crops that show the target",
@@ -64,8 +73,11 @@ const CURVES: readonly ChartSpec[] = [
     metrics: [{ name: "grounding/hit_ratio" }],
   },
   {
-    ...{ title: "Held-out boxes", about: "valid ones, and crops that hit", unit: "share" },
-    metrics: [{ name: "eval/valid_ratio", label: "valid" }, { name: "eval/hit_ratio", label: "hit" }],
+    ...{ title: "Held-out hits", about: "crops that show the target", unit: "share" },
+    metrics: [
+      { name: "eval/hit_ratio", label: "in its own turns" },
+      { name: "eval/hit_ratio/2_turns", label: "asked in two turns" },
+    ],
   },
   {
     ...{ title: "Idle groups", about: "all rollouts earned the same: nothing to learn", unit: "share" },

@@ -114,6 +114,13 @@ async function readRun(path: string): Promise<ReportRun | string> {
   return { path, name: path, settings, environment, records: sorted, steps, result, rollouts, problems };
 }
 
+/** The metrics of a run by step, those of the base's evaluation at step 0; what can't be read is left out. */
+export async function readRecords(path: string): Promise<ReportRun["records"]> {
+  const { records } = await readMetrics(path, []);
+  await addEvaluations(path, records, []);
+  return records;
+}
+
 type Records = Map<number, Record<string, number>>;
 
 async function readMetrics(path: string, problems: string[]): Promise<{ records: Records; steps: number }> {
@@ -141,13 +148,14 @@ const evaluationMetrics = { accuracy: "eval/accuracy", valid: "eval/valid_ratio"
 /** Evaluations stand in the lines of their steps already; that of the base only has its file. */
 async function addEvaluations(path: string, records: Records, problems: string[]): Promise<void> {
   for (const name of (await namesIn(`${path}/evaluations`)).sort(byNumber)) {
-    const step = Number(/^step-(\d+)\.json$/.exec(name)?.[1] ?? NaN);
+    const [, digits = NaN, turns] = /^step-(\d+)(?:-(\d+)-turns)?\.json$/.exec(name) ?? [];
+    const step = Number(digits), suffix = turns === undefined ? "" : `/${turns}_turns`;
     if (!Number.isSafeInteger(step)) continue;
     const file = await readJson(`${path}/evaluations/${name}`, `evaluations/${name}`, problems, "it is left out");
     const record = records.get(step) ?? {};
     for (const [from, to] of Object.entries(evaluationMetrics)) {
       const value = asNumber(asObject(file?.[from])?.value);
-      if (value !== undefined) record[to] = value;
+      if (value !== undefined) record[to + suffix] = value;
     }
     if (Object.keys(record).length > 0) records.set(step, record);
   }

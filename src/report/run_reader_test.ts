@@ -26,7 +26,9 @@ Deno.test("what is missing, damaged or of another version is told, and the rest 
     await Deno.writeTextFile(rollouts, [kept[0].replace('"format":2', '"format":1'), "nonsense", kept[2]].join("\n"));
     await Deno.writeTextFile(`${path}/a/evaluations/step-2.json`, "");
     await Deno.writeTextFile(`${path}/a/result.json`, "null");
+    await Deno.writeTextFile(`${path}/a/evaluations/step-0-2-turns.json`, '{"step": 0, "valid": {"value": 0.25}}');
     const { runs: [run] } = await readRuns([`${path}/a`]);
+    assert.equal(run.records.get(0)!["eval/valid_ratio/2_turns"], 0.25);
     assert.deepEqual(run.problems, [
       "metrics.jsonl:2 is not a JSON object",
       "metrics.jsonl:3 is not a JSON object",

@@ -4,7 +4,7 @@
  * ```
  * run.json                 every setting, the data's fingerprint, versions, the machine
  * metrics.jsonl            a line a step
- * evaluations/step-N.json  held-out evaluations, step 0 being the base
+ * evaluations/step-N.json  held-out evaluations, step 0 being the base; step-N-T-turns.json with other turns
  * rollouts/                conversations of evaluation steps with what they saw: see rollout_files.ts
  * checkpoints/step-N/      the policy as a Hugging Face folder, and the optimizer's state
  * result.json              base against trained, once the run is complete

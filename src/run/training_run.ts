@@ -109,12 +109,13 @@ async function evaluateBase(run: OpenRun, shown: RunDisplay): Promise<void> {
   const { training, task } = run;
   if (training.step > 0 || !task.baseEval || training.settings.evalEvery === 0) return;
   shown.mayStop = true;
-  const evaluation = await training.evaluate();
+  const evaluations = await training.evaluate();
   shown.mayStop = false;
-  if (!evaluation) return;
-  await keepEvaluation(run, 0, evaluation, shown);
-  const warning = gapWarning(evaluation);
-  if (warning) shown.log(warning);
+  for (const evaluation of evaluations) {
+    await keepEvaluation(run, 0, evaluation, shown);
+    const warning = gapWarning(evaluation);
+    if (warning) shown.log(warning);
+  }
 }
 
 /** A name that is the same whether or not the run was resumed, unlike the policy's own. */
@@ -125,8 +126,11 @@ function policyAfter({ task }: OpenRun, step: number): string {
 async function keepEvaluation(run: OpenRun, step: number, evaluation: Evaluation, shown: RunDisplay): Promise<void> {
   await checkDevice();
   const summary = { ...summaryOf(evaluation), policy: policyAfter(run, step) };
-  shown.log(evaluationLine(step === 0 ? "base" : `held-out after step ${step}`, summary));
-  await run.folder.writeFile(`evaluations/step-${step}.json`, JSON.stringify({ step, ...summary }, null, 2) + "\n");
+  const { turns, evalTurns: [first] = [turns] } = run.training.settings, isFirst = evaluation.turns === first;
+  const asked = isFirst ? "" : `, ${evaluation.turns} turn${evaluation.turns === 1 ? "" : "s"}`;
+  shown.log(evaluationLine((step === 0 ? "base" : `held-out after step ${step}`) + asked, summary));
+  const name = isFirst ? `step-${step}` : `step-${step}-${evaluation.turns}-turns`;
+  await run.folder.writeFile(`evaluations/${name}.json`, JSON.stringify({ step, ...summary }, null, 2) + "\n");
   const rollouts = run.watched.take();
   if (rollouts.length > 0) await saveRollouts(run.folder, run.policy, { step, split: "heldout", rollouts });
 }

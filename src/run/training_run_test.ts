@@ -39,23 +39,24 @@ async function metrics(folder: string): Promise<StepRecord[]> {
 Deno.test("a run that is stopped and resumed again and again ends like one that isn't", async () => {
   const root = await Deno.makeTempDir();
   try {
-    const whole = `${root}/whole`, parts = `${root}/parts`;
-    const out = await train(whole);
+    const whole = `${root}/whole`, parts = `${root}/parts`, turns = ["--eval-turns", "1,2"];
+    const out = await train(whole, turns);
     assert.match(out, /^backend wasm, \d+ threads?: asked for\n/);
     assert.match(out, /\nstep 1\/5 .*loss/);
     assert.match(out, /\nheld-out after step 4: accuracy 0\.000 \[0\.000, 0\.658\]/);
+    assert.match(out, /\nheld-out after step 4, 2 turns: accuracy 0\.000/);
     assert.match(out, /two-turn accuracy +0\.000 \[0\.000, 0\.658\]/);
 
-    await train(parts, [], "step 1/5"); // before the first checkpoint
+    await train(parts, turns, "step 1/5"); // before the first checkpoint
     assert.equal((await metrics(parts)).length, 1);
     await assert.rejects(
-      train(parts),
+      train(parts, turns),
       (error: Error) => error instanceof InputError && /add --resume/.test(error.message),
     );
-    await train(parts, ["--resume"], "step 3/5"); // a line after the checkpoint of step 2
-    await train(parts, ["--resume"], "held-out after step 4"); // within a step
-    assert.match(await train(parts, ["--resume"], "checkpoint "), /going on after step 2 of 5/); // before the comparison
-    assert.match(await train(parts, ["--resume"]), /going on after step 5 of 5\ncheckpoint/);
+    await train(parts, [...turns, "--resume"], "step 3/5"); // a line after the checkpoint of step 2
+    await train(parts, [...turns, "--resume"], "held-out after step 4"); // within a step
+    assert.match(await train(parts, [...turns, "--resume"], "checkpoint "), /going on after step 2 of 5/); // before the comparison
+    assert.match(await train(parts, [...turns, "--resume"]), /going on after step 5 of 5\ncheckpoint/);
 
     assert.deepEqual(await metrics(parts), await metrics(whole));
     for (
@@ -64,6 +65,8 @@ Deno.test("a run that is stopped and resumed again and again ends like one that 
         "checkpoints/step-5/optimizer.safetensors",
         "result.json",
         "evaluations/step-4.json",
+        "evaluations/step-0-2-turns.json",
+        "evaluations/step-4-2-turns.json",
         "rollouts/heldout-step-0.jsonl",
         "rollouts/heldout-step-4.jsonl",
       ]
@@ -74,7 +77,7 @@ Deno.test("a run that is stopped and resumed again and again ends like one that 
     assert.equal(manifest.settings.method, "sft");
     assert.equal(manifest.settings.learningRate, 3e-4);
     assert.match(manifest.settings.data.fingerprint, /signs/);
-    const refused = train(parts, ["--resume", "--seed", "1"]);
+    const refused = train(parts, [...turns, "--resume", "--seed", "1"]);
     await assert.rejects(
       refused,
       (error: Error) => error instanceof InputError && /\(seed was 0, now 1\)/.test(error.message),
