@@ -42,7 +42,7 @@ function splitTable(results: ExperimentResult, split: string): string {
     ...metrics.map((metric) => {
       const row = rows.find((r) => r.method === method && r.metric === metric);
       if (!row) return "";
-      const spread = row.n > 1 ? ` ± ${number(row.sd)}` : "";
+      const spread = row.n > 1 && row.sd > 0 ? ` ± ${number(row.sd)}` : "";
       return `${number(row.mean)}${spread} [${number(row.ci95[0])}, ${number(row.ci95[1])}]`;
     }),
   ]);

@@ -25,6 +25,8 @@ export function rowMeans(values: Values): number[] {
 
 /** Mean and sample standard deviation over seeds; the deviation of a single seed is 0, which its n = 1 says. */
 export function meanAndDeviation(values: readonly number[]): { mean: number; sd: number } {
+  // Rounding of their mean would give equal values a deviation of 1e-17.
+  if (values.length > 0 && values.every((value) => value === values[0])) return { mean: values[0], sd: 0 };
   return { mean: mean([...values]), sd: values.length > 1 ? sampleStandardDeviation([...values]) : 0 };
 }
 

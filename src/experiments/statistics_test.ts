@@ -80,6 +80,7 @@ Deno.test("effect sizes agree with Cohen's table and by hand", () => {
 
 Deno.test("mean and standard deviation", () => {
   assert.deepEqual(meanAndDeviation([3]), { mean: 3, sd: 0 });
+  assert.deepEqual(meanAndDeviation([0.1, 0.1, 0.1]), { mean: 0.1, sd: 0 });
   const { mean, sd } = meanAndDeviation([2, 4, 4, 4, 5, 5, 7, 9]);
   close(mean, 5, 1e-12);
   close(sd, Math.sqrt(32 / 7), 1e-12);
