@@ -207,6 +207,9 @@ function valueDomain({ unit }: ChartSpec, lines: readonly Line[]) {
 function tickFormat({ unit }: ChartSpec): ((value: number) => string) | undefined {
   return unit === "share"
     ? (value) => value === 0 || value === 1 ? String(value) : value.toFixed(1).slice(1)
+    // Longer numbers would not fit beside the chart.
+    : unit === "number"
+    ? (value) => Math.abs(value) >= 10_000 ? `${value / 1000}k` : value.toLocaleString("en-US")
     : undefined;
 }
 
