@@ -42,7 +42,7 @@ export function gapWarning({ gap }: Pick<Evaluation, "gap">): string | undefined
   if (!gap || gap.difference.value >= SMALL_GAP) return undefined;
   return `warning: the base's gap, accuracy with a valid box minus accuracy without, is ${
     formatProportion(gap.difference)
-  }; below ${SMALL_GAP} MGPO may not learn to ground`;
+  } over ${gap.valid.of + gap.invalid.of} items; below ${SMALL_GAP} MGPO may not learn to ground`;
 }
 
 /** Everything that an evaluation measured, a row a measure. */

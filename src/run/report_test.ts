@@ -17,7 +17,7 @@ function evaluation(n: number, valid: number, right: number, lucky: number, turn
 
 Deno.test("gapWarning warns below 0.2 only", () => {
   assert.equal(gapWarning(evaluation(200, 100, 50, 25)), undefined, "gap 0.25");
-  assert.match(gapWarning(evaluation(200, 100, 30, 25)) ?? "", /0\.050 \[-0\.\d+, 0\.\d+\]; below 0\.2/);
+  assert.match(gapWarning(evaluation(200, 100, 30, 25)) ?? "", /0\.050 \[-0\.\d+, 0\.\d+\] over 200 items; below 0\.2/);
   assert.equal(gapWarning(evaluation(200, 0, 0, 25)), undefined, "nothing to compare");
 });
 

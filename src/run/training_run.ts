@@ -114,7 +114,7 @@ async function evaluateBase(run: OpenRun, shown: RunDisplay): Promise<void> {
   for (const evaluation of evaluations) {
     await keepEvaluation(run, 0, evaluation, shown);
     const warning = gapWarning(evaluation);
-    if (warning) shown.log(warning);
+    if (warning && training.settings.method === "mgpo") shown.log(warning);
   }
 }
 
