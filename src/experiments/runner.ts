@@ -212,16 +212,17 @@ class TrainingProgress extends Progress {
   }
 }
 
-/** Rough seconds of a run on two cores; what matters is their relation, the rest is measured. */
+/** Rough seconds of a run on one core; what matters is their relation, the rest is measured. */
 export function trainingCost({ settings }: RunPlan): number {
-  const { method, steps, prompts, groupSize, turns } = settings;
+  const { method, steps, prompts, groupSize, turns, evalEvery, evalItems, evalTurns = [turns] } = settings;
   const sequences = steps * prompts * (method === "sft" ? 1 : groupSize);
-  return 5 + sequences * turns * (method === "sft" ? 0.004 : 0.007);
+  const asked = evalEvery > 0 ? (1 + Math.floor(steps / evalEvery)) * evalItems * evalTurns.length : 0;
+  return 3 + sequences * turns * (method === "sft" ? 0.006 : 0.0025) + asked * 0.01;
 }
 
 /** The same of an evaluation. */
 export function evaluationCost({ options: { items = 1000, turns = 2 } }: EvaluationPlan): number {
-  return 1 + items * (turns === 1 ? 0.006 : 0.008 * turns);
+  return 1 + items * (turns === 1 ? 0.006 : 0.0045 * turns);
 }
 
 /** How much is done and how long the rest takes, measured against rough costs. */
