@@ -126,7 +126,7 @@ function policyAfter({ task }: OpenRun, step: number): string {
 async function keepEvaluation(run: OpenRun, step: number, evaluation: Evaluation, shown: RunDisplay): Promise<void> {
   await checkDevice();
   const summary = { ...summaryOf(evaluation), policy: policyAfter(run, step) };
-  const { turns, evalTurns: [first] = [turns] } = run.training.settings, isFirst = evaluation.turns === first;
+  const { turns, evalTurns } = run.training.settings, isFirst = evaluation.turns === (evalTurns?.[0] ?? turns);
   const asked = isFirst ? "" : `, ${evaluation.turns} turn${evaluation.turns === 1 ? "" : "s"}`;
   shown.log(evaluationLine((step === 0 ? "base" : `held-out after step ${step}`) + asked, summary));
   const name = isFirst ? `step-${step}` : `step-${step}-${evaluation.turns}-turns`;
