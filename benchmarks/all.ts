@@ -28,6 +28,7 @@ import type { Benchmark, BenchmarkSettings, Row } from "./benchmark.ts";
 import { decode } from "./decode.ts";
 import { phases } from "./phases.ts";
 import { prefill } from "./prefill.ts";
+import { recordedPasses } from "./recorded_passes.ts";
 import { resize } from "./resize.ts";
 import { bandwidthRoof, dispatchCost, matmulRoof, matmulRoofWasm } from "./roof.ts";
 import { roofShare } from "./roof_share.ts";
@@ -42,7 +43,7 @@ import { update } from "./update.ts";
 function benchmarks(shapes?: readonly ShapeName[]): readonly Benchmark[] {
   return [
     ...[dispatchCost, bandwidthRoof, matmulRoof, matmulRoofWasm, resize],
-    ...[decode, update, threads, sharedPrefix, prefill, phases, roofShare(shapes), ...slopes, step],
+    ...[decode, update, recordedPasses, threads, sharedPrefix, prefill, phases, roofShare(shapes), ...slopes, step],
   ];
 }
 

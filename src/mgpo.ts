@@ -37,7 +37,8 @@
  */
 import { tf } from "./deps.ts";
 import { hasFused, run } from "./policy/ops.ts";
-import type { ImageInput, Policy, Sequence, TokenLogProbs } from "./policy/policy.ts";
+import { differentiate, type HostArrays, type PassGradients, type PassLoss } from "./policy/pass.ts";
+import type { ImageInput, Policy, Sequence } from "./policy/policy.ts";
 import type { Scalar, Tensor, Tensor1D, Tensor2D, Variable } from "./tensors.ts";
 
 // ---------------------------------------------------------------------------------------------------------- advantages
@@ -145,9 +146,9 @@ export interface LossOptions extends ObjectiveOptions {
   /** Rows of the mini-batch, where those given are a part of it. @default {B} */
   rows?: number;
   /** Tokens of the mini-batch (for `bnpo`). @default {Σ mask} */
-  tokens?: number;
+  tokens?: number | Scalar;
   /** Tokens of the whole batch (for `dapo`). @default {Σ mask} */
-  itemsInBatch?: number;
+  itemsInBatch?: number | Scalar;
   /** Mini-batches whose gradients are added before a step: the loss is divided by it. @default {1} */
   accumulation?: number;
   /** Mini-batches in the whole batch (for `dapo`). @default {1} */
@@ -199,7 +200,12 @@ export function policyLoss(inputs: LossInputs, options: LossOptions = {}): Scala
 /** Σ wᵢ·Lᵢₜ for each loss type. */
 function aggregate(masked: tf.Tensor, mask: tf.Tensor2D, lengths: tf.Tensor, options: LossOptions): tf.Scalar {
   const { lossType = "dapo", accumulation = 1, stepsPerGeneration = 1, rows = mask.shape[0] } = options;
-  const tokens = (given?: number) => given === undefined ? tf.maximum(tf.sum(mask), 1) : tf.scalar(Math.max(given, 1));
+  const tokens = (given?: number | Scalar) =>
+    given === undefined
+      ? tf.maximum(tf.sum(mask), 1)
+      : typeof given === "number"
+      ? tf.scalar(Math.max(given, 1))
+      : given;
   switch (lossType) {
     case "grpo":
       return tf.div(tf.sum(tf.div(masked, lengths)), rows * accumulation);
@@ -702,7 +708,12 @@ interface Row {
   ref?: readonly number[];
   advantage: number;
 }
-type Loss = (out: TokenLogProbs, rows: readonly Row[]) => tf.Scalar;
+/** Of {@linkcode LossOptions}, what a part is of. */
+interface LossCounts extends Pick<LossOptions, "rows" | "stepsPerGeneration"> {
+  tokens?: number;
+  itemsInBatch?: number;
+}
+type LossOf = (rows: readonly Row[]) => PassLoss;
 interface PassResult {
   loss: number;
   rows: TokenRow[];
@@ -730,12 +741,16 @@ function packRows(rows: readonly Row[], budget: number): Row[][] {
   return passes;
 }
 
-/** `[B, T]`, rows padded with 0 on the right as {@linkcode Policy.logProbs} pads them. */
-function padded(rows: readonly (readonly number[])[], width: number): tf.Tensor2D {
-  const data = new Float32Array(rows.length * width);
+/** `[height, width]`, padded with 0 on the right and below. */
+function padded(rows: readonly ArrayLike<number>[], height: number, width: number): Float32Array {
+  const data = new Float32Array(height * width);
   rows.forEach((row, b) => data.set(row, b * width));
-  return tf.tensor2d(data, [rows.length, width]);
+  return data;
 }
+
+/** 1 for each token that carries loss, padded. */
+const lossMask = (rows: readonly Row[], height: number, width: number): Float32Array =>
+  padded(rows.map((row) => new Array(row.tokens).fill(1)), height, width);
 
 /** Trains a policy: by rewards with `update`, by examples with `supervised`. Both share the optimizer and its schedule. */
 export class Trainer {
@@ -801,7 +816,7 @@ export class Trainer {
       if (active.length === 0) continue;
       const tokens = sum(part.map((row) => row.tokens));
       const whole = { rows: part.length, tokens, itemsInBatch, stepsPerGeneration: steps };
-      const result = await this.#step(active, (out, pass) => this.#policyLoss(out, pass, whole), lr);
+      const result = await this.#step(active, (pass) => this.#policyLoss(pass, whole), lr);
       if (norms.length === 0) difference = largestDifference(result.rows);
       losses.push(result.loss);
       norms.push(result.gradNorm);
@@ -837,10 +852,12 @@ export class Trainer {
     const tokens = sum(rows.map((row) => row.tokens));
     if (tokens === 0) throw new RangeError("supervised: no token of any example carries loss");
     const lr = this.#learningRate();
-    const crossEntropy: Loss = (out, pass) => {
-      const mask = padded(pass.map((row) => new Array(row.tokens).fill(1)), out.logprobs.shape[1]);
-      return tf.div(tf.sum(tf.mul(out.logprobs, mask)), -tokens);
-    };
+    const crossEntropy = (pass: readonly Row[]): PassLoss => ({
+      name: "cross-entropy",
+      arrays: (height, width) => ({ mask: lossMask(pass, height, width), divisor: Float32Array.of(-tokens) }),
+      of: ({ logprobs }, { mask, divisor }) =>
+        tf.div(tf.sum(tf.mul(logprobs, tf.tensor2d(mask, logprobs.shape))), tf.tensor(divisor, [])),
+    });
     const result = await this.#step(rows.filter((row) => row.tokens > 0), crossEntropy, lr, 1);
     this.#updates++;
     const { entropy } = policyMetrics(result.rows);
@@ -860,6 +877,7 @@ export class Trainer {
 
   /** Releases the optimizer's state; the policies stay. */
   dispose(): void {
+    this.#policy.releasePasses?.();
     this.#optimizer.dispose();
   }
 
@@ -881,16 +899,32 @@ export class Trainer {
     return ids.map((id, t) => Number(t > 0 && !never.has(id)));
   }
 
-  #policyLoss(out: TokenLogProbs, rows: readonly Row[], whole: LossOptions): tf.Scalar {
-    const width = out.logprobs.shape[1];
-    const inputs: LossInputs = {
-      logprobs: out.logprobs,
-      oldLogprobs: padded(rows.map((row) => row.old), width),
-      advantages: tf.tensor1d(rows.map((row) => row.advantage)),
-      mask: padded(rows.map((row) => new Array(row.tokens).fill(1)), width),
+  /** {@linkcode policyLoss} of rows that are a part of a larger batch. */
+  #policyLoss(rows: readonly Row[], { tokens = 0, itemsInBatch = 0, ...whole }: LossCounts): PassLoss {
+    const options = { ...this.#options, ...whole }, hasReference = this.#reference !== undefined;
+    const { lossType, clipLow, clipHigh, delta, beta, importanceSampling, maxCompletionLength } = options;
+    const objective = [lossType, clipLow, clipHigh, delta, beta, importanceSampling, maxCompletionLength];
+    return {
+      name: JSON.stringify(["policy", ...objective, whole, hasReference]),
+      arrays: (height, width): HostArrays => ({
+        old: padded(rows.map((row) => row.old), height, width),
+        advantages: padded(rows.map((row) => [row.advantage]), height, 1),
+        mask: lossMask(rows, height, width),
+        ...(hasReference ? { ref: padded(rows.map((row) => row.ref ?? []), height, width) } : {}),
+        ...{ tokens: Float32Array.of(Math.max(tokens, 1)), itemsInBatch: Float32Array.of(Math.max(itemsInBatch, 1)) },
+      }),
+      of: ({ logprobs }, arrays) => {
+        const matrix = (values: Float32Array | Int32Array) => tf.tensor2d(values, logprobs.shape);
+        const count = (values: Float32Array | Int32Array) => tf.tensor(values, []) as tf.Scalar;
+        const inputs: LossInputs = {
+          ...{ logprobs, oldLogprobs: matrix(arrays.old), mask: matrix(arrays.mask) },
+          advantages: tf.tensor1d(arrays.advantages),
+        };
+        if (hasReference) inputs.refLogprobs = matrix(arrays.ref);
+        const counts = { tokens: count(arrays.tokens), itemsInBatch: count(arrays.itemsInBatch) };
+        return policyLoss(inputs, { ...options, ...counts });
+      },
     };
-    if (this.#reference) inputs.refLogprobs = padded(rows.map((row) => row.ref ?? []), width);
-    return policyLoss(inputs, { ...this.#options, ...whole });
   }
 
   #stepMetrics(norms: readonly number[], lr: number, tokens: number): Omit<StepMetrics, "entropy"> {
@@ -899,12 +933,12 @@ export class Trainer {
   }
 
   /** Forward and backward over the rows in as many passes as the budget asks for, then one optimizer step. */
-  async #step(rows: readonly Row[], lossOf: Loss, lr: number, temperature = this.#options.temperature) {
+  async #step(rows: readonly Row[], lossOf: LossOf, lr: number, temperature = this.#options.temperature) {
     const grads = new Map<string, tf.Tensor>();
     const reads: Promise<PassResult>[] = [];
     try {
       for (const pass of packRows(rows, this.#options.tokensPerPass)) {
-        reads.push(readPass(this.#backward(pass, lossOf, temperature, grads), pass));
+        reads.push(readPass(this.#backward(pass, lossOf(pass), temperature, grads), pass));
       }
       // The norm and what the passes measured come back in one wait.
       const [{ gradNorm }, ...results] = await Promise.all([this.#optimizer.step(grads, lr), ...reads]);
@@ -914,28 +948,20 @@ export class Trainer {
     }
   }
 
-  /** Adds the gradients of one pass to `grads`; returns loss, log-probs and entropies, packed, owned by the caller. */
-  #backward(rows: readonly Row[], lossOf: Loss, temperature: number, grads: Map<string, tf.Tensor>): tf.Tensor1D {
-    const trained = this.#optimizer.trained;
-    const { trainVision, gradientCheckpointing } = this.#options;
-    let packed: tf.Tensor1D | undefined;
-    const found = tf.variableGrads(() => {
-      const sequences = rows.map((row) => row.sequence), masks = rows.map((row) => row.mask);
-      const out = this.#policy.logProbs(sequences, masks, { temperature, trainVision, gradientCheckpointing });
-      const loss = lossOf(out, rows);
-      packed = tf.keep(
-        tf.concat1d([tf.reshape(loss, [1]), tf.reshape(out.logprobs, [-1]), tf.reshape(out.entropy, [-1])]),
-      );
-      return loss;
-    }, [...trained.values()]);
-    found.value.dispose();
-    for (const [name, { name: variable }] of trained) {
-      const grad = found.grads[variable], before = grads.get(name);
-      if (!grad) continue;
+  /** Adds the gradients of one pass to `grads`; returns the rest of what it gave. */
+  #backward(rows: readonly Row[], loss: PassLoss, temperature: number, grads: Map<string, tf.Tensor>): PassGradients {
+    const { trainVision, gradientCheckpointing } = this.#options, policy = this.#policy;
+    const sequences = rows.map((row) => row.sequence), masks = rows.map((row) => row.mask);
+    const options = { temperature, trainVision, gradientCheckpointing };
+    const request = { sequences, masks, options, loss, variables: this.#optimizer.trained };
+    const passed = policy.gradients?.(request) ??
+      differentiate(() => policy.logProbs(sequences, masks, options), request);
+    for (const [name, grad] of passed.grads) {
+      const before = grads.get(name);
       grads.set(name, before ? tf.add(before, grad) : grad);
       if (before) tf.dispose([before, grad]);
     }
-    return packed!;
+    return passed;
   }
 
   /** The log-probs that a policy gives the tokens of each row, without gradient. */
@@ -962,11 +988,11 @@ function groupSizeOf(trajectories: readonly TrainingTrajectory[], rewards: reado
   return size;
 }
 
-/** Reads back what {@linkcode Trainer} packed in a pass, and releases it. */
-async function readPass(packed: tf.Tensor1D, rows: readonly Row[]): Promise<PassResult> {
-  const data = await packed.data();
-  packed.dispose();
-  const half = (data.length - 1) / 2, width = half / rows.length;
+/** Reads back what a pass reports, and releases it. */
+async function readPass({ report, width }: PassGradients, rows: readonly Row[]): Promise<PassResult> {
+  const data = await report.data();
+  report.dispose();
+  const half = (data.length - 1) / 2;
   return {
     loss: data[0],
     rows: rows.map(({ tokens, old, sampled, ref, advantage }, b) => {

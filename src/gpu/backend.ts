@@ -10,6 +10,7 @@ import { guardAllocation } from "../wasm/memory.ts";
 import { watchDevice } from "./device_errors.ts";
 import { installWebgpuKernels } from "./kernels/register.ts";
 import { DeviceMemoryUse } from "./memory.ts";
+import { PassPlans } from "./pass_plans.ts";
 import { DispatchReplay } from "./replay.ts";
 import { installWasmKernels, useWasmThreads } from "../wasm/register.ts";
 import { startShared } from "../wasm/shared_memory.ts";
@@ -95,7 +96,8 @@ export function decideBackend(name: string, adapter: AdapterInfo | undefined): B
  * @param options.threads Threads that compute, on `wasm`; results do not depend on it. 1 starts no others; where they cannot be had, a
  * notice says so and one thread computes. A later call changes the number, unless the first one asked for 1.
  * @default {as in the call before, at first all processor cores}
- * @param options.replay Whether repeated dispatches find their bind groups and uniforms again, on `webgpu`; results do not depend on it.
+ * @param options.replay Whether repeated dispatches find their bind groups and uniforms again, and repeated passes of training are done
+ * from recordings, on `webgpu`; results do not depend on it.
  * @default {true}
  * @throws {InputError} if the name is unknown, there is no adapter for `webgpu`, the backend cannot start, or the number of threads is no
  * whole number of at least 1.
@@ -116,8 +118,9 @@ export async function chooseBackend(
   await startBackend(choice, threads);
   guardAllocation(tf.backend());
   DeviceMemoryUse.of(tf.backend());
-  const replay = DispatchReplay.of(tf.backend());
-  if (replay) replay.enabled = options.replay ?? true;
+  for (const replay of [DispatchReplay.of(tf.backend()), PassPlans.of(tf.backend())]) {
+    if (replay) replay.enabled = options.replay ?? true;
+  }
   watchDevice(options.onLost ?? ((message) => console.error(message)));
   return choice;
 }

@@ -6,11 +6,11 @@
  */
 import { tf } from "../deps.ts";
 import type { QwenConfig } from "./config.ts";
-import { gatherRows, headLogProbEntropy, logProbEntropy } from "./ops.ts";
-import { bucketed, type Packed, packShared, padded } from "./packing.ts";
+import { gatherRows, headLogProbEntropy, logProbEntropy, type Segments } from "./ops.ts";
+import { bucketed, type Packed, packShared, padded, type sharedSizes } from "./packing.ts";
 import type { Sequence, TokenLogProbs } from "./policy.ts";
-import type { RopeIndex } from "./rope_index.ts";
-import { head, headParts, type RopeTensors, type TextHooks } from "./text.ts";
+import type { RopeIndex, RopeTable } from "./rope_index.ts";
+import { head, headParts, type KeySource, type RopeTensors, type TextHooks } from "./text.ts";
 import type { Weights } from "./vision.ts";
 
 /** What a `QwenPolicy` shows the functions that compute with it. */
@@ -18,23 +18,54 @@ export interface PolicyModel {
   readonly config: QwenConfig;
   readonly weights: Weights;
   /** See `QwenPolicy.hidden`. */
-  hidden(packed: Packed, trainVision?: boolean, hooks?: TextHooks): tf.Tensor2D;
+  hidden(
+    packed: Packed,
+    trainVision?: boolean,
+    hooks?: TextHooks,
+    given?: tf.Tensor2D,
+    inputs?: HiddenInputs,
+  ): tf.Tensor2D;
   /** See `QwenPolicy.ropeTensors`. */
   ropeTensors(index: readonly RopeIndex[]): RopeTensors;
+}
+
+/** What the host makes of packed tokens before their hidden states are computed. */
+export interface HiddenInputs {
+  /** See `embed`. */
+  readonly words: Int32Array;
+  /** Rotary tables. */
+  readonly rope: RopeTable;
+  readonly segments: Segments;
+  readonly keys?: KeySource;
 }
 
 /** Logits are made in pieces of at most this many elements (64 MiB). */
 const MAX_LOGITS = 1 << 24;
 
-/** How {@linkcode tokenLogProbs} works. */
-export interface TokenLogProbsOptions {
+/** How {@linkcode computeLogProbs} works. */
+export interface LogProbSettings {
   temperature: number;
   trainVision: boolean;
   /** Added to the logits, `[V]`; null for nothing. */
   suppress: tf.Tensor1D | null;
-  sharePrefix: boolean;
   gradientCheckpointing: boolean;
 }
+
+/** What the host makes of sequences before their log-probs are computed. */
+export interface PreparedLogProbs {
+  readonly packed: Packed;
+  /** The packed rows that predict the chosen tokens. */
+  readonly rows: Int32Array;
+  /** The chosen tokens. */
+  readonly targets: Int32Array;
+  /** `[rows·width]` The chosen token of each place of the result, −1 for none; left out where they lie so already. */
+  readonly place?: Int32Array;
+  /** Shape of the result: sequences, and the most tokens of one, or more of both. */
+  readonly shape: [number, number];
+}
+
+/** Chooses the sizes of a pass; see {@linkcode sharedSizes}. */
+export type SizesOf = typeof sharedSizes;
 
 /** The masked tokens of sequences, in order: their ids, the packed rows that predict them, and how many each sequence has. */
 interface Targets {
@@ -73,50 +104,83 @@ function checkMasks(sequences: readonly Sequence[], masks: readonly (readonly nu
   }
 }
 
-/** The implementation of `Policy.logProbs`. */
-export function tokenLogProbs(
-  model: PolicyModel,
+/**
+ * Packs sequences and finds their chosen tokens. On WebGPU sizes are rounded up.
+ *
+ * @param sizesOf Rounds every size, that of the result too. @default {tokens, keys, features and chosen tokens, to buckets}
+ */
+export function prepareLogProbs(
+  config: QwenConfig,
   sequences: readonly Sequence[],
   masks: readonly (readonly number[])[],
-  { temperature, trainVision, suppress, sharePrefix, gradientCheckpointing }: TokenLogProbsOptions,
-): TokenLogProbs {
+  sharePrefix: boolean,
+  sizesOf?: SizesOf,
+): PreparedLogProbs {
   checkMasks(sequences, masks);
-  const layout = packShared(model.config, sequences, sharePrefix);
+  const layout = packShared(config, sequences, sharePrefix);
   const { ids, rows, counts } = targetsOf(sequences, masks, layout.rows), chosen = ids.length;
-  checkPositions(model.config, layout.packed);
-  let packed = layout.packed;
+  checkPositions(config, layout.packed);
+  let packed = layout.packed, shape: [number, number] = [sequences.length, Math.max(...counts)];
   if (tf.getBackend() === "webgpu") {
-    packed = padded(packed, model.config);
+    const sizes = sizesOf?.(packed, config, { chosen, rows: shape[0], width: shape[1] });
+    packed = padded(packed, config, sizes);
     // Padding predicts padding.
-    const more = bucketed(chosen) - chosen;
-    rows.push(...new Array(more).fill(packed.ids.length - 1));
+    const more = (sizes?.chosen ?? bucketed(chosen)) - chosen;
+    const first = layout.packed.ids.length, spare = packed.ids.length - first;
+    for (let i = 0; i < more; i++) rows.push(first + i % spare);
     ids.push(...new Array(more).fill(0));
+    if (sizes) shape = [sizes.rows, sizes.width];
   }
-  const width = Math.max(...counts), dense = rows.length === chosen && chosen === sequences.length * width;
-  const place = new Int32Array(sequences.length * width).fill(-1);
+  const [height, width] = shape;
+  const isDense = !sizesOf && rows.length === chosen && chosen === height * width;
+  const place = new Int32Array(height * width).fill(-1);
   for (let b = 0, t = 0; b < counts.length; b++) for (let i = 0; i < counts[b]; i++) place[b * width + i] = t++;
+  return {
+    ...{ packed, shape, rows: Int32Array.from(rows), targets: Int32Array.from(ids) },
+    ...(isDense ? {} : { place }),
+  };
+}
+
+/**
+ * The log-probs and entropies of what was prepared.
+ *
+ * @param inputs What `hiddenInputs` made of the packed tokens. @default {made now}
+ * @param features Of the packed images. @default {computed, or found, now}
+ */
+export function computeLogProbs(
+  model: PolicyModel,
+  { packed, rows, targets, place, shape }: PreparedLogProbs,
+  { temperature, trainVision, suppress, gradientCheckpointing }: LogProbSettings,
+  inputs?: HiddenInputs,
+  features?: tf.Tensor2D,
+): TokenLogProbs {
   const [logprobs, entropy] = tf.tidy(() => {
-    const hidden = model.hidden(packed, trainVision, { recompute: gradientCheckpointing });
-    const both = chosenLogProbs(model, hidden, rows, ids, suppress, temperature);
+    const hidden = model.hidden(packed, trainVision, { recompute: gradientCheckpointing }, features, inputs);
+    const both = chosenLogProbs(model, hidden, rows, targets, suppress, temperature);
     return [0, 1].map((row) => {
       const flat = tf.reshape(tf.slice(both, [row, 0], [1, rows.length]), [rows.length, 1]) as tf.Tensor2D;
-      const placed = dense ? flat : gatherRows(flat, place);
-      return tf.reshape(placed, [sequences.length, width]) as tf.Tensor2D;
+      const placed = place ? gatherRows(flat, place) : flat;
+      return tf.reshape(placed, shape) as tf.Tensor2D;
     });
   });
   return { logprobs, entropy };
 }
 
+/** Whether the logits of so many chosen tokens are made in one piece. */
+export const isOnePiece = ({ text }: QwenConfig, chosen: number): boolean => chosen <= pieceOf(text.vocabSize);
+
+const pieceOf = (vocabSize: number): number => Math.max(1, Math.floor(MAX_LOGITS / vocabSize));
+
 /** `[2, n]` log-probs and entropies of `targets` at hidden rows, the logits made in pieces. */
 function chosenLogProbs(
   { config, weights }: PolicyModel,
   hidden: tf.Tensor2D,
-  rows: readonly number[],
-  targets: readonly number[],
+  rows: Int32Array,
+  targets: Int32Array,
   suppress: tf.Tensor1D | null,
   temperature: number,
 ): tf.Tensor2D {
-  const piece = Math.max(1, Math.floor(MAX_LOGITS / config.text.vocabSize)), at = gatherRows(hidden, rows);
+  const piece = pieceOf(config.text.vocabSize), at = gatherRows(hidden, rows);
   if (rows.length <= piece) return logProbEntropy(head(config, weights, at), targets, suppress, temperature);
   const { normed, table } = headParts(config, weights, at);
   return headLogProbEntropy(normed, table, targets, suppress, temperature, piece);

@@ -10,6 +10,8 @@
 import { expectedTensors } from "./checkpoint.ts";
 import type { QwenConfig } from "./config.ts";
 import { bucketed } from "./packing.ts";
+import { activationBytes } from "./pass.ts";
+import { MOST_BYTES, SHARED } from "../gpu/pass_plans.ts";
 
 /** How large the conversations of the data are at most. */
 export interface ConversationSize {
@@ -102,6 +104,8 @@ export class MemoryPlanner {
   readonly #buffers: PlannedBuffer[] = [];
   readonly #text: Widths;
   readonly #tower: number;
+  /** Tokens of a recorded pass; 0 where none is. */
+  #passTokens = 0;
 
   constructor(config: QwenConfig, size: ConversationSize, settings: PlanSettings) {
     this.#config = config;
@@ -119,7 +123,7 @@ export class MemoryPlanner {
   /** The estimate. */
   plan(): MemoryPlan {
     const always = this.#always(), arenas = this.#arenas();
-    const update = this.#update(), rollouts = this.#rollouts();
+    const update = this.#update(), rollouts = [...this.#rollouts(), ...this.#recordings()];
     // One after the other: what counts is the larger.
     const peak = sumOf(update) >= sumOf(rollouts) ? update : rollouts;
     const parts = [...always, ...arenas, ...peak].filter(({ bytes }) => bytes > 0).sort(bySize);
@@ -136,6 +140,24 @@ export class MemoryPlanner {
   /** Tokens as they are laid out. */
   #padded(tokens: number): number {
     return this.#settings.backend === "webgpu" ? bucketed(tokens + 1) : tokens;
+  }
+
+  /** Tokens of a pass as they are laid out, where passes are recorded; undefined where they are not (`sharedSizes` of packing.ts). */
+  #recorded(tokens: number): number | undefined {
+    const { backend, kernels, trainVision, gradientCheckpointing } = this.#settings,
+      shared = powerOfTwo(tokens + 1, 256);
+    const isRecorded = backend === "webgpu" && kernels === "fused" && !trainVision && !gradientCheckpointing &&
+      activationBytes(this.#config, shared) <= MOST_BYTES;
+    return isRecorded ? shared : undefined;
+  }
+
+  /** The buffers of recorded passes stay while rollouts are made. */
+  #recordings(): PlanPart[] {
+    const isRecorded = this.#passTokens > 0;
+    const bytes = Math.min(activationBytes(this.#config, this.#passTokens), SHARED * MOST_BYTES);
+    return isRecorded
+      ? [{ name: `recorded passes of ${this.#passTokens} tokens`, bytes, advice: "lower --tokens-per-pass" }]
+      : [];
   }
 
   /** The most tokens of a reply of a turn, from 0. */
@@ -298,15 +320,15 @@ export class MemoryPlanner {
     const passes = Math.ceil(step * length / Math.max(tokensPerPass, length));
     // A group's prompt goes through the decoder once; a pass may begin and end within a group.
     const groups = Math.min(rows, Math.ceil(rows / group) + 1, prompts), isShared = group > 1 && rows > 1;
-    const packed = this.#padded(
-      isShared ? groups * this.#size.promptTokens + rows * (length - this.#size.promptTokens) : tokens,
-    );
+    const given = isShared ? groups * this.#size.promptTokens + rows * (length - this.#size.promptTokens) : tokens;
+    const recorded = this.#recorded(given), packed = recorded ?? this.#padded(given);
+    this.#passTokens = recorded ?? 0;
     const replies = sum(Array.from({ length: turns }, (_, turn) => this.#limit(turn)));
     const chosen = lossOn === "every" ? packed : rows * (lossOn === "last" ? this.#limit(turns - 1) : replies);
     return [
       this.#gradients(passes > 1),
-      this.#activations(packed, isShared ? this.#padded(tokens) : 0, rows, length),
-      this.#head(this.#padded(chosen)),
+      this.#activations(packed, isShared ? Math.max(this.#padded(tokens), 2 * (recorded ?? 0)) : 0, rows, length),
+      this.#head(Math.max(this.#padded(chosen), (recorded ?? 0) / 2)),
       ...this.#picturesOf(groups, rows * (turns - 1)),
     ];
   }

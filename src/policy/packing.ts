@@ -231,26 +231,105 @@ export function bucketed(n: number): number {
   return Math.ceil(n / step) * step;
 }
 
+/** The sizes of a pass: those of {@linkcode padded}, and what the log-probs of a pass add to them. */
+export interface PassSizes {
+  /** Tokens, at least one more than are packed. */
+  readonly tokens: number;
+  /** Keys, with one for each token of padding; none where the packed tokens are the keys. */
+  readonly keys?: number;
+  /** Rows of image features; 0 where there are no images. */
+  readonly features: number;
+  /** Pieces. */
+  readonly pieces: number;
+  /** Tokens whose log-probs are asked for. */
+  readonly chosen: number;
+  /** Sequences. */
+  readonly rows: number;
+  /** The most tokens of a sequence whose log-probs are asked for. */
+  readonly width: number;
+}
+
+/** Rows of image features of packed tokens. */
+export function featureRows({ images }: Packed, config: QwenConfig): number {
+  return images.reduce((sum, image) => sum + imageTokens(image, config), 0);
+}
+
+/** How many of what a pass has beside its packed tokens. */
+type PassCounts = Pick<PassSizes, "chosen" | "rows" | "width">;
+
+/** Bucket sizes of everything in a pass, one by one: little is computed in vain, and passes seldom have equal sizes. */
+export function bucketedSizes(packed: Packed, config: QwenConfig, { chosen, rows, width }: PassCounts): PassSizes {
+  const tokens = bucketed(packed.ids.length + 1), more = tokens - packed.ids.length;
+  return {
+    tokens,
+    keys: packed.keys && bucketed(packed.keys.rows.length + more),
+    features: packed.images.length === 0 ? 0 : bucketed(featureRows(packed, config)),
+    ...{ pieces: bucketed(packed.lengths.length + 1), chosen: bucketed(chosen) },
+    ...{ rows: bucketed(rows), width: bucketed(width) },
+  };
+}
+
+/** No size of {@linkcode sharedSizes} is smaller. */
+const LEAST_SHARED = 256;
+const LEAST_WIDTH = 32;
+
 /**
- * The same pieces and one more, of at least one token, that fills tokens, keys and image features up to bucket sizes. Nothing
- * attends to it; whoever takes results leaves its rows out.
+ * Sizes that many passes have in common: a power of two of tokens, and of everything else a share or multiple of that which is hardly
+ * ever too small. Up to half of the tokens are computed in vain (a third on average), and of the cheaper things more.
  */
-export function padded(packed: Packed, config: QwenConfig): Packed {
+export function sharedSizes(packed: Packed, config: QwenConfig, { chosen, rows, width }: PassCounts): PassSizes {
+  const above = (n: number, least: number) => Math.max(least, 2 ** Math.ceil(Math.log2(n)));
+  const tokens = above(packed.ids.length + 1, LEAST_SHARED), more = tokens - packed.ids.length;
+  // The first of these shares of the tokens that holds n, or a power of two of the tokens.
+  const share = (n: number, ...shares: number[]) =>
+    tokens * (shares.find((s) => n <= s * tokens) ?? 2 ** Math.ceil(Math.log2(n / tokens)));
+  return {
+    tokens,
+    keys: packed.keys && share(packed.keys.rows.length + more, 2),
+    features: packed.images.length === 0 ? 0 : share(featureRows(packed, config), 1 / 2),
+    pieces: share(packed.lengths.length + 1, 1 / 16, 1 / 4),
+    chosen: share(chosen, 1 / 8, 1 / 2),
+    rows: share(rows, 1 / 16, 1 / 4),
+    width: above(width, LEAST_WIDTH),
+  };
+}
+
+/** A whole number cut into parts that differ by one at most. */
+function spread(total: number, parts: number): number[] {
+  return Array.from({ length: parts }, (_, i) => Math.floor((i + 1) * total / parts) - Math.floor(i * total / parts));
+}
+
+/**
+ * The same pieces and more, of at least one token together, that fill everything up to bucket sizes (with a single piece) or to the
+ * sizes of a pass. Nothing attends to the padding, or is computed from it; whoever takes results leaves its rows out.
+ *
+ * Padding costs little more than its tokens, because it is spread: as attention goes with the square of a piece, over all spare
+ * pieces, and as the gradient of a row is summed up one by one, over many rows.
+ */
+export function padded(packed: Packed, config: QwenConfig, sizes?: PassSizes): Packed {
   const { ids, lengths, featureRow, images, index, keys } = packed, tokens = ids.length;
-  const length = bucketed(tokens + 1) - tokens, positions = () => new Int32Array(length);
-  const features = images.reduce((sum, image) => sum + imageTokens(image, config), 0);
+  const length = (sizes?.tokens ?? bucketed(tokens + 1)) - tokens, pieces = (sizes?.pieces ?? 0) - lengths.length;
+  const own = spread(length, Math.max(1, pieces)), features = featureRows(packed, config);
   const out: Packed = {
-    ids: concatenated([ids, new Int32Array(length)]),
-    lengths: [...lengths, length],
+    ids: concatenated([ids, rangeOf(0, length).map((i) => i % config.text.vocabSize)]),
+    lengths: [...lengths, ...own],
     featureRow: concatenated([featureRow, new Int32Array(length).fill(-1)]),
     images,
-    index: [...index, { positions: [positions(), positions(), positions()], next: 0 }],
-    spareFeatures: features && bucketed(features) - features,
+    index: [
+      ...index,
+      ...own.map((n): RopeIndex => ({ positions: [new Int32Array(n), new Int32Array(n), new Int32Array(n)], next: 0 })),
+    ],
+    spareFeatures: features && (sizes?.features ?? bucketed(features)) - features,
   };
   if (keys) {
-    const first = keys.cached + tokens, more = bucketed(keys.rows.length + length) - keys.rows.length;
-    const rows = concatenated([keys.rows, new Int32Array(more - length).fill(first), rangeOf(first, length)]);
-    out.keys = { ...keys, lengths: [...keys.lengths, more], rows };
+    const first = keys.cached + tokens, all = sizes?.keys ?? bucketed(keys.rows.length + length);
+    const more = spread(all - keys.rows.length - length, own.length), rows = [keys.rows];
+    let at = 0, spare = 0;
+    own.forEach((n, p) => {
+      rows.push(rangeOf(spare, more[p]).map((i) => first + i % length), rangeOf(first + at, n));
+      [at, spare] = [at + n, spare + more[p]];
+    });
+    out.keys = { ...keys, lengths: [...keys.lengths, ...own.map((n, p) => n + more[p])], rows: concatenated(rows) };
   }
   return out;
 }

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { tf } from "../deps.ts";
 import { chooseBackend } from "../gpu/backend.ts";
 import { segmentsOf, useKernels } from "./ops.ts";
-import { bucketed, commonLength, packSequences, packShared, padded } from "./packing.ts";
+import { bucketed, bucketedSizes, commonLength, packSequences, packShared, padded, sharedSizes } from "./packing.ts";
 import type { ImageInput, LogProbOptions, Sequence } from "./policy.ts";
 import type { QwenPolicy } from "./qwen.ts";
 import { continued, goldenPolicy, noise, question, words } from "./testing.ts";
@@ -181,22 +181,58 @@ Deno.test("sizes go up to at most eight buckets an octave, an eighth or 15 more"
   assert.equal(sizes.size, 8);
 });
 
+Deno.test("shared sizes hold what is asked for, and are few", async () => {
+  await chooseBackend("wasm");
+  const policy = await goldenPolicy(), { config } = policy, [first] = dialogues(policy).sequences;
+  const { packed } = packShared(config, [first]), seen = new Set<string>();
+  const grown = (tokens: number, keys: number) => ({
+    ...{ ...packed, ids: new Int32Array(tokens), lengths: new Array(Math.ceil(tokens / 40)).fill(40) },
+    keys: { lengths: [], rows: new Int32Array(keys), cached: 0 },
+  });
+  for (let tokens = 300; tokens < 4096; tokens += 97) {
+    const counts = { chosen: Math.ceil(0.3 * tokens), rows: Math.ceil(tokens / 45), width: 18 };
+    const keys = Math.floor(1.8 * tokens), sizes = sharedSizes(grown(tokens, keys), config, counts);
+    assert.ok(sizes.tokens > tokens && sizes.tokens <= Math.max(256, 2 * tokens));
+    assert.ok(sizes.keys! >= keys + sizes.tokens - tokens && sizes.pieces > tokens / 40);
+    for (const name of ["chosen", "rows", "width"] as const) assert.ok(sizes[name] >= counts[name]);
+    seen.add(JSON.stringify(sizes));
+  }
+  assert.equal(seen.size, 4);
+  // Far more keys than usual still fit.
+  assert.equal(sharedSizes(grown(300, 3000), config, { chosen: 9, rows: 3, width: 100 }).keys, 4096);
+  policy.dispose();
+});
+
 Deno.test("padding changes no real token's hidden state, and fills everything up to bucket sizes", async () => {
   for (const backend of adapter ? ["wasm", "webgpu"] as const : ["wasm"] as const) {
     await chooseBackend(backend);
     const policy = await goldenPolicy(), { config } = policy;
     for (const share of [true, false]) {
-      const { packed } = packShared(config, dialogues(policy).sequences, share), more = padded(packed, config);
-      for (const size of [more.ids.length, more.keys?.rows.length ?? 16]) assert.equal(bucketed(size), size);
-      assert.equal(segmentsOf(more.lengths).cu.at(-1), more.ids.length);
+      const { packed } = packShared(config, dialogues(policy).sequences, share);
       const read = async (p: typeof packed) => {
         const hidden = tf.tidy(() => policy.hidden(p)), data = await hidden.data();
         hidden.dispose();
         return data;
       };
-      const want = await read(packed), got = await read(more);
-      assert.ok(got.length > want.length && apart(got.subarray(0, want.length), want) < 1e-5);
-      assert.ok(got.every(Number.isFinite));
+      const want = await read(packed), counts = { chosen: 20, rows: 4, width: 7 };
+      for (const sizesOf of [undefined, bucketedSizes, sharedSizes]) {
+        const sizes = sizesOf?.(packed, config, counts), more = padded(packed, config, sizes);
+        if (sizes) {
+          const features = more.featureRow.reduce((most, row) => Math.max(most, row), -1) + 1;
+          assert.deepEqual(
+            [more.ids.length, more.keys?.rows.length, more.lengths.length, features + (more.spareFeatures ?? 0)],
+            [sizes.tokens, sizes.keys, sizes.pieces, sizes.features],
+          );
+          assert.ok(sizes.chosen >= counts.chosen && sizes.rows >= counts.rows && sizes.width >= counts.width);
+        } else {
+          for (const size of [more.ids.length, more.keys?.rows.length ?? 16]) assert.equal(bucketed(size), size);
+        }
+        assert.equal(segmentsOf(more.lengths).cu.at(-1), more.ids.length);
+        if (more.keys) assert.equal(segmentsOf(more.keys.lengths).cu.at(-1), more.keys.rows.length);
+        const got = await read(more);
+        assert.ok(got.length > want.length && apart(got.subarray(0, want.length), want) < 1e-5);
+        assert.ok(got.every(Number.isFinite));
+      }
     }
     policy.dispose();
   }

@@ -5,6 +5,7 @@
  * @module
  */
 import type { Tensor2D, Variable } from "../tensors.ts";
+import type { PassGradients, PassRequest } from "./pass.ts";
 import type { Picture } from "./picture.ts";
 
 /** One message of a conversation, in the shape that chat templates of the Qwen-VL family take. */
@@ -170,6 +171,18 @@ export interface Policy {
     masks: readonly (readonly number[])[],
     options?: LogProbOptions,
   ): TokenLogProbs;
+  /**
+   * Gradients of a loss of {@linkcode logProbs}. A policy that cannot do better than the tape of TensorFlow.js leaves this out.
+   *
+   * @internal
+   */
+  gradients?(request: PassRequest): PassGradients;
+  /**
+   * Forgets what {@linkcode gradients} keeps from pass to pass. Called by a trainer that is done.
+   *
+   * @internal
+   */
+  releasePasses?(): void;
   /**
    * Forgets cached image features. Called where the pictures of a step won't come again, so that the number of tensors stays
    * the same step by step; a policy without such a cache leaves it out.

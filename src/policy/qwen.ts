@@ -5,13 +5,15 @@
  */
 import { tf } from "../deps.ts";
 import { DecodeEngine } from "../gpu/decode/engine.ts";
+import { PassPlans } from "../gpu/pass_plans.ts";
 import type { QwenConfig } from "./config.ts";
 import { FeatureCache } from "./feature_cache.ts";
 import { type BatchOptions, checkSampling, generateBatch, readback } from "./generate.ts";
 import type { ImageProcessor } from "./image_processor.ts";
-import { tokenLogProbs } from "./log_probs.ts";
+import { computeLogProbs, type HiddenInputs, isOnePiece, type LogProbSettings, prepareLogProbs } from "./log_probs.ts";
 import { currentKernels, hasFused, segmentsOf } from "./ops.ts";
-import { imageTokens, type Packed, packSequences } from "./packing.ts";
+import { bucketedSizes, imageTokens, type Packed, packSequences, sharedSizes } from "./packing.ts";
+import { activationBytes, differentiate, type PassGradients, type PassRequest } from "./pass.ts";
 import type { Picture } from "./picture.ts";
 import type {
   Completion,
@@ -25,7 +27,7 @@ import type {
   TokenLogProbs,
 } from "./policy.ts";
 import { type Bank, disposeBank, KeptPrefixes, keySource } from "./prefix_cache.ts";
-import { type RopeIndex, textRopeTable } from "./rope_index.ts";
+import { type RopeIndex, type RopeTable, textRopeTable } from "./rope_index.ts";
 import { embed, head, type RopeTensors, textForward, type TextHooks } from "./text.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import type { Tensor2D, Variable } from "../tensors.ts";
@@ -41,6 +43,15 @@ export function withoutGradient<T extends tf.Tensor>(f: () => T): T {
   // Inside a custom gradient nothing is recorded; the dummy input satisfies its signature.
   const op = tf.customGrad((x) => ({ value: f(), gradFunc: () => tf.zerosLike(x as tf.Tensor) }));
   return tf.keep(tf.tidy(() => op(tf.scalar(0)))) as T;
+}
+
+/** Names the report among the results of a pass; no parameter is called so. */
+const REPORT = "";
+
+/** Whether beginnings are shared. */
+function sharing({ sharePrefix }: LogProbOptions): boolean {
+  // The plain sum over a group is a product with a matrix as large as all keys times all tokens.
+  return sharePrefix ?? hasFused("MgpoScatterAddRows");
 }
 
 /** What a {@linkcode QwenPolicy} is made of. */
@@ -83,6 +94,8 @@ export class QwenPolicy implements Policy {
   #engine?: DecodeEngine;
   #engineNotice = false;
   readonly #caches = new Set<KeptPrefixes>();
+  /** Where passes of this policy may be recorded: one for each backend that it computed on. */
+  readonly #plans = new Set<PassPlans>();
   #suppressBias = new Map<string, tf.Tensor1D>();
 
   /**
@@ -208,6 +221,10 @@ export class QwenPolicy implements Policy {
    * @internal
    */
   ropeTensors(index: readonly RopeIndex[]): RopeTensors {
+    return this.#onDevice(this.#ropeTable(index));
+  }
+
+  #ropeTable(index: readonly RopeIndex[]): RopeTable {
     const axis = (a: 0 | 1 | 2) => {
       const out = new Int32Array(index.reduce((s, { positions }) => s + positions[a].length, 0));
       let at = 0;
@@ -217,39 +234,64 @@ export class QwenPolicy implements Policy {
       }
       return out;
     };
-    const positions = [axis(0), axis(1), axis(2)] as const;
-    const { headDim, ropeTheta, mropeSection } = this.config.text, n = positions[0].length;
-    const { cos, sin } = textRopeTable(positions, headDim, ropeTheta, mropeSection);
+    const { headDim, ropeTheta, mropeSection } = this.config.text;
+    return textRopeTable([axis(0), axis(1), axis(2)], headDim, ropeTheta, mropeSection);
+  }
+
+  #onDevice({ cos, sin }: RopeTable): RopeTensors {
+    const { headDim } = this.config.text, n = cos.length / headDim;
     return { cos: tf.tensor2d(cos, [n, headDim]), sin: tf.tensor2d(sin, [n, headDim]) };
+  }
+
+  /** What the host makes of packed tokens. */
+  #hiddenInputs({ ids, images, featureRow, index, lengths, keys }: Packed): HiddenInputs {
+    return {
+      words: images.length > 0 ? ids.map((id, i) => featureRow[i] >= 0 ? -1 : id) : ids,
+      rope: this.#ropeTable(index),
+      segments: segmentsOf(lengths),
+      keys: keys && keySource(keys),
+    };
+  }
+
+  /** Features of packed images, from the cache, one after the other, `[M, D]`. */
+  #cachedFeatures(images: readonly ImageInput[]): tf.Tensor2D[] {
+    this.#cacheFeatures(images);
+    return images.map((image) => this.#features.get(image.key)!);
   }
 
   /**
    * Hidden states of packed sequences before the final norm, `[N, D]`; differentiable.
    *
    * @param trainVision Whether gradients reach the tower.
-   * @param given Features of the packed images, where the caller has them already.
+   * @param given Features of the packed images and spare rows, where the caller has them already.
+   * @param inputs What the host makes of the packed tokens, where the caller has it already.
    * @internal
    */
-  hidden(packed: Packed, trainVision = false, hooks: TextHooks = {}, given?: tf.Tensor2D): tf.Tensor2D {
+  hidden(
+    packed: Packed,
+    trainVision = false,
+    hooks: TextHooks = {},
+    given?: tf.Tensor2D,
+    inputs: HiddenInputs = this.#hiddenInputs(packed),
+  ): tf.Tensor2D {
     let features: tf.Tensor2D | null = given ?? null;
     if (packed.images.length > 0 && !given) {
       if (trainVision) {
         this.#stale = true;
         features = this.imageFeatures(packed.images, false, hooks.inspect).embeds;
       } else {
-        this.#cacheFeatures(packed.images);
-        features = tf.concat(packed.images.map((image) => this.#features.get(image.key)!), 0);
+        features = tf.concat(this.#cachedFeatures(packed.images), 0);
       }
       const { spareFeatures = 0 } = packed;
       if (spareFeatures > 0) features = tf.concat([features, tf.zeros([spareFeatures, features.shape[1]])], 0);
     }
-    const x = embed(this.weights, packed.ids, packed.featureRow, features);
+    const x = embed(this.weights, inputs.words, packed.featureRow, features);
     hooks.inspect?.("text.inputs_embeds", x);
-    const table = this.ropeTensors(packed.index);
+    const table = this.#onDevice(inputs.rope);
     hooks.inspect?.("text.rope_cos", table.cos);
     hooks.inspect?.("text.rope_sin", table.sin);
-    const keys = hooks.keys ?? (packed.keys && keySource(packed.keys));
-    return textForward(this.config, this.weights, x, table, segmentsOf(packed.lengths), { ...hooks, keys });
+    const keys = hooks.keys ?? inputs.keys;
+    return textForward(this.config, this.weights, x, table, inputs.segments, { ...hooks, keys });
   }
 
   /** Logits of all tokens of one sequence, `[L, V]`, reporting intermediate results by the goldens' names. */
@@ -278,14 +320,82 @@ export class QwenPolicy implements Policy {
     masks: readonly (readonly number[])[],
     options: LogProbOptions = {},
   ): TokenLogProbs {
-    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens } = options;
-    // The plain sum over a group is a product with a matrix as large as all keys times all tokens.
-    const { sharePrefix = hasFused("MgpoScatterAddRows") } = options;
-    const { gradientCheckpointing = false } = options, suppress = this.#suppressTensor(suppressTokens);
-    const how = { temperature, trainVision, suppress, sharePrefix, gradientCheckpointing };
-    const out = tokenLogProbs(this, sequences, masks, how);
+    const prepared = prepareLogProbs(this.config, sequences, masks, sharing(options));
+    const out = computeLogProbs(this, prepared, this.#logProbSettings(options));
     this.#features.trim();
     return out;
+  }
+
+  #logProbSettings(options: LogProbOptions): LogProbSettings {
+    const { temperature = 1, trainVision = false, suppressTokens = this.suppressTokens } = options;
+    const { gradientCheckpointing = false } = options, suppress = this.#suppressTensor(suppressTokens);
+    return { temperature, trainVision, suppress, gradientCheckpointing };
+  }
+
+  /**
+   * As `Policy` says; on WebGPU from a recording of an earlier pass, where one has the same sizes.
+   *
+   * @internal
+   */
+  gradients(request: PassRequest): PassGradients {
+    const { sequences, masks, options = {}, loss, variables } = request;
+    const plans = this.#plansFor(request);
+    if (!plans) return differentiate(() => this.logProbs(sequences, masks, options), request);
+    const { config } = this, settings = this.#logProbSettings(options);
+    const fits = (tokens: number) => activationBytes(config, tokens) <= plans.mostBytes;
+    const prepared = prepareLogProbs(config, sequences, masks, sharing(options), (...given) => {
+      const shared = sharedSizes(...given);
+      return plans.sharesSizes && fits(shared.tokens) ? shared : bucketedSizes(...given);
+    });
+    const { packed, shape, rows, targets, place } = prepared, inputs = this.#hiddenInputs(packed);
+    const { words, rope, segments, keys } = inputs, lossArrays = loss.arrays(...shape);
+    const parts = this.#cachedFeatures(packed.images), spare = packed.spareFeatures ?? 0;
+    const features = parts.reduce((sum, { shape }) => sum + shape[0], spare);
+    const sizes = [words, segments.cu, keys?.segments.cu ?? [], packed.keys?.rows ?? [], rows].map((x) => x.length);
+    const { temperature } = settings, { suppressTokens = this.suppressTokens } = options;
+    const passed = plans.run(this, {
+      signature: JSON.stringify([
+        ...[sizes, features, shape, place !== undefined, temperature, suppressTokens],
+        ...[loss.name, [...variables.keys()]],
+      ]),
+      isWorthwhile: isOnePiece(config, rows.length) && fits(words.length),
+      arrays: {
+        ...{ words, cos: rope.cos, sin: rope.sin, segments: segments.cu, rows, targets },
+        ...(parts.length > 0 ? { featureRow: packed.featureRow } : {}),
+        ...(keys && packed.keys ? { keySegments: keys.segments.cu, keyRows: packed.keys.rows } : {}),
+        ...(place ? { place } : {}),
+        ...Object.fromEntries(Object.entries(lossArrays).map(([name, array]) => [`loss ${name}`, array])),
+      },
+      stacked: parts.length > 0 ? { parts, shape: [features, config.text.hiddenSize] } : undefined,
+      constants: [...this.parameters.values(), ...(settings.suppress ? [settings.suppress] : [])],
+      compute: (stacked) => {
+        const logProbs = () => computeLogProbs(this, prepared, settings, inputs, stacked);
+        const { report, grads } = differentiate(logProbs, request, lossArrays);
+        return new Map([[REPORT, report], ...grads]);
+      },
+    });
+    this.#features.trim();
+    const report = passed.get(REPORT) as tf.Tensor1D;
+    passed.delete(REPORT);
+    return { report, grads: passed, width: shape[1] };
+  }
+
+  /** What may do a pass again from a recording; undefined where it must go through the tape every time. */
+  #plansFor({ options = {} }: PassRequest): PassPlans | undefined {
+    if (options.trainVision || options.gradientCheckpointing || !hasFused("MgpoAttention")) return undefined;
+    const plans = PassPlans.of(tf.backend());
+    if (plans) this.#plans.add(plans);
+    return plans;
+  }
+
+  /**
+   * Forgets recordings.
+   *
+   * @internal
+   */
+  releasePasses(): void {
+    for (const plans of this.#plans) plans.forget(this);
+    this.#plans.clear();
   }
 
   createPrefixCache(): PrefixCache {
@@ -379,6 +489,7 @@ export class QwenPolicy implements Policy {
 
   dispose(): void {
     this.#engine?.dispose();
+    this.releasePasses();
     for (const cache of [...this.#caches]) cache.dispose();
     this.#features.clear();
     for (const bias of this.#suppressBias.values()) bias.dispose();

@@ -22,20 +22,19 @@ type Mixer = (layer: number, q: tf.Tensor3D, k: tf.Tensor3D, v: tf.Tensor3D) => 
 /**
  * Token embeddings with image features at image tokens.
  *
- * @param ids N token ids
+ * @param words N token ids, −1 where an image feature takes the token's place
  * @param featureRow For each token the row of `features` that takes its place, or −1
  * @param features `[M, D]`, or null where there are no images
  * @returns `[N, D]`
  */
 export function embed(
   weights: Weights,
-  ids: ArrayLike<number>,
+  words: ArrayLike<number>,
   featureRow: ArrayLike<number>,
   features: tf.Tensor2D | null,
 ): tf.Tensor2D {
   const table = weights("model.embed_tokens.weight") as tf.Tensor2D;
-  if (!features) return gatherRows(table, ids);
-  const words = Int32Array.from(ids, (id, i) => featureRow[i] >= 0 ? -1 : id);
+  if (!features) return gatherRows(table, words);
   return tf.add(gatherRows(table, words), gatherRows(features, featureRow)) as tf.Tensor2D;
 }
 

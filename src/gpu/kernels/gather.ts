@@ -121,6 +121,22 @@ export function listsOf(index: ArrayLike<number>, rows: number): { order: Int32A
   return { order, starts };
 }
 
+// They are kept with recordings, so they hold on to nothing but the number of rows.
+const orderOf = (rows: number) => (index: ArrayLike<number>): Int32Array => {
+  const { order } = listsOf(index, rows), whole = new Int32Array(index.length);
+  whole.set(order.subarray(0, whole.length));
+  return whole;
+};
+const startsOf = (rows: number) => (index: ArrayLike<number>): Int32Array => listsOf(index, rows).starts;
+
+/** Both lists as the shader takes them; their lengths depend on those of the index and of the sum alone. */
+function uploadLists(call: KernelCall, from: ArrayLike<number>, rows: number): tf.TensorInfo[] {
+  return [
+    call.uploadDerived({ from, key: `order of ${rows}`, make: orderOf(rows) }),
+    call.uploadDerived({ from, key: `starts of ${rows}`, make: startsOf(rows) }),
+  ];
+}
+
 function scatterAddRows(call: KernelCall): tf.TensorInfo {
   const x = call.input("x", [null, null]), index = call.input("index", [x.shape[0]], "int32");
   const rows = call.number("rows"), [count, width] = x.shape;
@@ -129,9 +145,8 @@ function scatterAddRows(call: KernelCall): tf.TensorInfo {
   if (host) checkIndex(call, host, rows);
   if (count * rows * width === 0) return call.zeros([rows, width]);
   const y = call.output([rows, width]), { type, count: step } = packed(width);
-  const lists = host && listsOf(host, rows);
-  const where = lists ? [call.upload(lists.order), call.upload(lists.starts)] : [index];
-  const key = `${call.name} ${lists ? "" : "scan "}${type}`, make = () => lists ? listShader(type) : scanShader(type);
+  const where = host ? uploadLists(call, host, rows) : [index];
+  const key = `${call.name} ${host ? "" : "scan "}${type}`, make = () => host ? listShader(type) : scanShader(type);
   for (const output of call.windows(rows, [width])) {
     const size = output.count * width / step;
     for (const run of call.windows(count, [width])) {

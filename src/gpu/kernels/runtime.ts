@@ -71,6 +71,20 @@ export interface TensorWindow {
   readonly size: number;
 }
 
+/** How a kernel made values on the host from those of an input, so that they can be made again from another input of that length. */
+export interface Derivation {
+  readonly from: ArrayLike<number>;
+  /** Names what is made: equal keys mean equal functions. */
+  readonly key: string;
+  /** Makes equally many values from every input of the same length. */
+  make(from: ArrayLike<number>): Int32Array;
+}
+
+const derivations = new WeakMap<object, Derivation>();
+
+/** How uploaded values were derived from an input; undefined for all others. */
+export const derivationOf = (values: object): Derivation | undefined => derivations.get(values);
+
 /** A run of rows. */
 export interface Run {
   readonly first: number;
@@ -294,6 +308,17 @@ export class KernelCall {
 
   /** A tensor with these values, freed after the call. */
   upload(values: Int32Array): tf.TensorInfo {
+    return this.#uploaded(values);
+  }
+
+  /** As {@link upload}, of values that depend on the host's values of an input and on nothing else that changes. */
+  uploadDerived(derivation: Derivation): tf.TensorInfo {
+    const values = derivation.make(derivation.from);
+    derivations.set(values, derivation);
+    return this.#uploaded(values);
+  }
+
+  #uploaded(values: Int32Array): tf.TensorInfo {
     const tensor = this.backend.makeTensorInfo([values.length], "int32", values);
     this.#temporary.push(tensor);
     return tensor;
@@ -442,7 +467,8 @@ function powerOfTwoIn(width: number): number {
 
 const software = new WeakMap<GPUDevice, boolean>();
 
-function isSoftware(device: GPUDevice): boolean {
+/** Whether a device computes on the processor. */
+export function isSoftware(device: GPUDevice): boolean {
   let known = software.get(device);
   if (known === undefined) {
     const { adapterInfo } = device as { adapterInfo?: Partial<GPUAdapterInfo> };
