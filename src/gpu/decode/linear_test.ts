@@ -100,7 +100,7 @@ for (const kind of ["qkv", "residual", "swiglu"] as const) {
 
 Deno.test("decode kernel logits equals plain sums, window by window of ids (2e-5)", async () => {
   if (!await startWebgpu()) return;
-  for (const [rows, k, n] of [[1, 4, 1], [3, 7, 5], [9, 37, 67]]) {
+  for (const [rows, k, n] of [[1, 4, 1], [3, 7, 5], [7, 37, 67]]) {
     for (const software of [true, false]) await check("logits", rows, k, n, software);
   }
 });
