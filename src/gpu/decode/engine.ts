@@ -83,10 +83,10 @@ export class DecodeEngine {
     if (largest > limits.maxStorageBufferBindingSize) {
       return `a weight matrix takes ${largest} bytes, but the adapter binds ${limits.maxStorageBufferBindingSize} at most`;
     }
-    const logits = nucleus ? nucleusBytes(text.vocabSize) : 0;
-    if (logits > Math.min(limits.maxStorageBufferBindingSize, limits.maxBufferSize)) {
-      return `the logits of a nucleus (topP < 1) take ${logits} bytes, but the adapter binds ` +
-        `${Math.min(limits.maxStorageBufferBindingSize, limits.maxBufferSize)} at most`;
+    const most = Math.min(limits.maxStorageBufferBindingSize, limits.maxBufferSize);
+    if (nucleus && nucleusBytes(text.vocabSize) > most) {
+      return `the logits of a nucleus (topP < 1) take ${nucleusBytes(text.vocabSize)} bytes, ` +
+        `but the adapter binds ${most} at most`;
     }
     const shared = 4 * (2 * headDim + 3 * 128 + 4 * Math.max(128, headDim));
     if (shared > limits.maxComputeWorkgroupStorageSize) return `heads of ${headDim} are too wide for the adapter`;

@@ -1,6 +1,6 @@
 /**
  * A recorded decode step: buffers for a number of rows and tokens, and the list of dispatches that make one token, five a layer
- * and two for the head (four for each 64 rows where there is a nucleus), encoded again for each token.
+ * and two for the head (with a nucleus three for each 64 rows, and one), encoded again for each token.
  *
  * @module
  */
