@@ -129,7 +129,7 @@ async function decodeOnDevice(
   batch: Prefill,
   options: BatchOptions,
 ): Promise<BatchResult> {
-  const { prompts, packed, which, tokens } = batch, { keys, seed, temperature, suppressed, stop, keep } = options;
+  const { prompts, packed, which, tokens } = batch, { keys, seed, temperature, topP, suppressed, stop, keep } = options;
   const k: tf.Tensor3D[] = [], v: tf.Tensor3D[] = [];
   let firstLogits: tf.Tensor2D | undefined, bank: Bank | undefined;
   try {
@@ -138,7 +138,7 @@ async function decodeOnDevice(
       v.push(tf.keep(values.clone()));
     });
     const input: DecodeInput = {
-      ...{ k, v, firstLogits, logitsRows: which, keys, seed, temperature, suppressed, stop, keep },
+      ...{ k, v, firstLogits, logitsRows: which, keys, seed, temperature, topP, suppressed, stop, keep },
       ...{ maxNewTokens: options.maxNewTokens, onToken: options.onToken },
       ...{ starts: prompts.map((p) => p.start), lengths: prompts.map((p) => p.length) },
       nextPosition: which.map((d) => packed.index[d].next),

@@ -445,16 +445,20 @@ export class QwenPolicy implements Policy {
     const keys = Array.from({ length: to - from }, (_, i) => options.keys?.[from + i] ?? [0, from + i, 0] as const);
     return {
       ...{ maxNewTokens, temperature, topP, seed, onToken, suppressed, stop: new Set(stopTokens), keys },
-      engine: topP === 1 ? this.#decodeEngine() : undefined,
+      engine: this.#decodeEngine(temperature > 0 && topP < 1),
       find: cache && ((sequence, row) => cache.find(sequence, from + row)),
       keep: cache !== undefined && keepCache,
     };
   }
 
-  /** The recorded decoding plans of the current device; undefined where plain operations are asked for or it cannot run. */
-  #decodeEngine(): DecodeEngine | undefined {
+  /**
+   * The recorded decoding plans of the current device; undefined where plain operations are asked for or it cannot run.
+   *
+   * @param nucleus Whether they are to draw from a nucleus.
+   */
+  #decodeEngine(nucleus: boolean): DecodeEngine | undefined {
     if (currentKernels() === "plain") return undefined;
-    const why = DecodeEngine.unsupported(this.config);
+    const why = DecodeEngine.unsupported(this.config, nucleus);
     if (why === undefined) return this.#engine ??= new DecodeEngine(this.config, this.weights);
     // On other backends nobody expects the engine.
     if (tf.getBackend() === "webgpu" && !this.#engineNotice) {

@@ -77,3 +77,37 @@ Deno.test({
     assert.match(lines[0], /^tiny: generation takes the slow way.*heads of 4096 are too wide/);
   },
 });
+
+Deno.test({
+  name:
+    "on WebGPU: a nucleus is drawn by the recorded plan, or by the host, with one line, where its logits cannot be bound",
+  ignore: !adapter,
+  fn: async () => {
+    const policy = await loadPolicy(), { unsupported } = DecodeEngine, { warn } = console, lines: string[] = [];
+    const { generate: decode } = DecodeEngine.prototype, rows = [{ ids: policy.encode("where is it?"), images: [] }];
+    const options = { maxNewTokens: 3, temperature: 1, topP: 0.9, seed: 2, stopTokens: [] };
+    let decoded = 0;
+    DecodeEngine.prototype.generate = function (input) {
+      decoded++;
+      return decode.call(this, input);
+    };
+    console.warn = (line: string) => lines.push(line);
+    try {
+      const [want] = await policy.generate(rows, options);
+      assert.deepEqual([decoded, lines], [1, []]);
+      DecodeEngine.unsupported = (config, nucleus) =>
+        nucleus ? "the logits of a nucleus (topP < 1) take too much" : unsupported(config);
+      for (let i = 0; i < 2; i++) assert.deepEqual((await policy.generate(rows, options))[0].ids, want.ids);
+      assert.equal(decoded, 1);
+      for (const more of [{ topP: 1 }, { temperature: 0 }]) await policy.generate(rows, { ...options, ...more });
+      assert.equal(decoded, 3);
+    } finally {
+      console.warn = warn;
+      DecodeEngine.unsupported = unsupported;
+      DecodeEngine.prototype.generate = decode;
+      policy.dispose();
+    }
+    assert.equal(lines.length, 1);
+    assert.match(lines[0], /^tiny: generation takes the slow way.*the logits of a nucleus/);
+  },
+});

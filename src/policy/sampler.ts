@@ -26,8 +26,19 @@ export interface Draw {
 
 const PURPOSE = hashName("sample");
 
-/** Where the nucleus ends: the smallest logit whose higher ones hold less than `topP` of the mass. */
-function nucleusFloor(logits: Float32Array, suppressed: Uint8Array, topP: number, scale: number, logZ: number): number {
+/**
+ * Where the nucleus ends: the smallest logit whose higher ones hold less than `topP` of the mass.
+ *
+ * @param scale 1 / temperature
+ * @param logZ ln Σ exp(logit · scale) over ids that are not suppressed
+ */
+export function nucleusFloor(
+  logits: Float32Array,
+  suppressed: Uint8Array,
+  topP: number,
+  scale: number,
+  logZ: number,
+): number {
   const order: number[] = [];
   for (let v = 0; v < logits.length; v++) if (!suppressed[v]) order.push(v);
   order.sort((a, b) => logits[b] - logits[a] || a - b);

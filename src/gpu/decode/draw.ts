@@ -2,8 +2,8 @@
  * Draws that stand outside the head's product: over logits that exist already, the joining of a row's parts, and the look-up of
  * the next embedding.
  *
- * - {@linkcode logitsKernel}: logits `[D, V]`, of which each row takes line `lines[row]`, → `DRAW_PARTS` draws a row. Cost:
- *   rows·V reads.
+ * - {@linkcode logitsKernel}: logits `[D, V]`, of which each row takes line `lines[row]`, → `DRAW_PARTS` draws a row; where
+ *   there is a nucleus, only ids with logit ≥ `floors[row]` are drawn. Cost: rows·V reads.
  * - {@linkcode joinKernel}: a row's draws → id and log-prob at `drawn[step, slot]`, and `x[row] = table[id]`.
  *   Log-prob = logit/temperature − ln Σ exp(logit/temperature) over ids that are not suppressed.
  *
@@ -25,13 +25,19 @@ import { rowStride } from "./linear.ts";
 export const DRAW_PARTS = 256;
 const LOGITS_THREADS = 32;
 
-/** Draws over given logits. Dispatch: x = `DRAW_PARTS / 32`, y = rows. */
-export function logitsKernel(vocab: number, greedy: boolean, parts: number): Kernel {
+/**
+ * Draws over given logits. Dispatch: x = `DRAW_PARTS / 32`, y = rows.
+ *
+ * @param parts Draws between rows of the output.
+ * @param nucleus Whether rows have floors, see `nucleus.ts`.
+ */
+export function logitsKernel(vocab: number, greedy: boolean, parts: number, nucleus = false): Kernel {
   const list = [
     ["read", "logits", "array<f32>"],
     ["read", "lines", "array<u32>"],
     ["read", "suppressed", "array<u32>"],
     ["read", "rows", "array<Row>"],
+    ...(nucleus ? [["read", "floors", "array<f32>"] as const] : []),
     ["write", "out", "array<Draw>"],
     ["step", "step", "Step"],
   ] as const;
@@ -42,18 +48,24 @@ ${drawStruct}
 ${greedy ? "" : gumbelFunctions}
 ${declareBindings(list)}
 const vocab = ${vocab}u;
-${considerFunction(greedy)}
+${considerFunction(greedy, nucleus)}
 @compute @workgroup_size(${LOGITS_THREADS})
 fn main(@builtin(global_invocation_id) id: vec3u) {
   var draw = emptyDraw();
   for (var v = id.x * 4u; v < vocab; v += ${DRAW_PARTS * 4}u) {
     let at = lines[id.y] * vocab + v;
-    draw = consider(draw, rows[id.y], v, vec4f(logits[at], logits[at + 1u], logits[at + 2u], logits[at + 3u]));
+    draw = consider(draw, rows[id.y], v, vec4f(logits[at], logits[at + 1u], logits[at + 2u], logits[at + 3u])${
+    nucleus ? ", floors[id.y]" : ""
+  });
   }
   out[id.y * ${parts}u + id.x] = draw;
 }
 `;
-  return { key: `logits ${vocab} ${greedy} ${parts}`, source, bindings: list.map(([kind]) => kind) };
+  return {
+    key: `logits ${vocab} ${greedy} ${parts}${nucleus ? " nucleus" : ""}`,
+    source,
+    bindings: list.map(([kind]) => kind),
+  };
 }
 /** Workgroups along x of {@linkcode logitsKernel}. */
 export const LOGITS_WORKGROUPS = DRAW_PARTS / LOGITS_THREADS;

@@ -4,6 +4,7 @@ import { type Draw, sampleToken } from "../../policy/sampler.ts";
 import { DRAW_PARTS, joinKernel, LOGITS_WORKGROUPS, logitsKernel } from "./draw.ts";
 import { chooseTile, linearKernel, type LinearKind, outputWorkgroups, rowStride, tileRows } from "./linear.ts";
 import { suppressedBits } from "./input.ts";
+import { nucleusKernel } from "./nucleus.ts";
 import { normals, runKernel, startWebgpu, stepRecord } from "./testing.ts";
 import { NO_ID, NOT_FINITE, ROW_WORDS } from "./wgsl.ts";
 
@@ -16,28 +17,41 @@ function rowWords(rows: number, count: number): Uint32Array<ArrayBuffer> {
 }
 const keyOf = (row: number) => [3, 1000 + row, row % 4] as const;
 
-const record = (rows: number, temperature: number) =>
+const record = (rows: number, temperature: number, topP = 1) =>
   stepRecord(
     STEP,
     rows,
     [((SEED >>> 0) ^ hashName("sample")) >>> 0, Math.floor(SEED / 4294967296)],
     1 / (temperature || 1),
+    topP,
   );
 
-async function drawAll(logits: Float32Array<ArrayBuffer>, vocab: number, temperature: number, suppressed: Uint8Array) {
-  const rows = logits.length / vocab, kernel = logitsKernel(vocab, temperature === 0, DRAW_PARTS);
+async function drawAll(
+  logits: Float32Array<ArrayBuffer>,
+  vocab: number,
+  temperature: number,
+  suppressed: Uint8Array,
+  topP = 1,
+) {
+  const rows = logits.length / vocab, isNucleus = topP < 1;
+  const kernel = logitsKernel(vocab, temperature === 0, DRAW_PARTS, isNucleus);
   // The logits stand in another order than the rows: each row finds its line.
   const turned = new Float32Array(logits.length);
   for (let r = 0; r < rows; r++) turned.set(logits.subarray(r * vocab, (r + 1) * vocab), (rows - 1 - r) * vocab);
   const lines = Uint32Array.from({ length: rows }, (_, r) => rows - 1 - r);
-  const empty = new Uint32Array(rows * DRAW_PARTS * 5), step = record(rows, temperature);
+  const empty = new Uint32Array(rows * DRAW_PARTS * 5), step = record(rows, temperature, topP);
+  const before = [turned, lines, suppressedBits(suppressed)], floors: Float32Array<ArrayBuffer>[] = [];
+  if (isNucleus) {
+    const inputs = [...before, new Float32Array(rows), step];
+    floors.push(new Float32Array((await runKernel(nucleusKernel(vocab, 16), inputs, rows, 1)).get(3)!));
+  }
   const parts = await runKernel(
     kernel,
-    [turned, lines, suppressedBits(suppressed), rowWords(rows, rows), empty, step],
+    [...before, rowWords(rows, rows), ...floors, empty, step],
     LOGITS_WORKGROUPS,
     rows,
   );
-  return await finish(parts.get(4)!, DRAW_PARTS, DRAW_PARTS, rows, step);
+  return await finish([...parts.values()][0], DRAW_PARTS, DRAW_PARTS, rows, step);
 }
 
 /** Joins the rows' partial draws. */
@@ -55,8 +69,15 @@ async function finish(draws: ArrayBuffer, parts: number, stride: number, rows: n
 }
 
 /** Compares with the host's sampler: the share of equal ids, and the largest error of a log-prob of an equal id. */
-function compare(got: Draw[], logits: Float32Array, vocab: number, temperature: number, suppressed: Uint8Array) {
-  const options = { temperature, topP: 1, seed: SEED, suppressed };
+function compare(
+  got: Draw[],
+  logits: Float32Array,
+  vocab: number,
+  temperature: number,
+  suppressed: Uint8Array,
+  topP = 1,
+) {
+  const options = { temperature, topP, seed: SEED, suppressed };
   let equal = 0, worst = 0;
   got.forEach(({ id, logprob }, r) => {
     const want = sampleToken(logits.subarray(r * vocab, (r + 1) * vocab), keyOf(r), STEP, options);
@@ -87,6 +108,23 @@ Deno.test("draws on the device equal the host's: at least 99.9 % of ids, log-pro
   }
 });
 
+Deno.test("draws from a nucleus equal the host's: at least 99.9 % of ids, log-probs within 1e-5", async () => {
+  if (!await startWebgpu()) return;
+  for (const [rows, vocab, temperature, scale, topP] of [[1000, 101, 0.7, 1, 0.9], [200, 1001, 1.3, 3, 0.3]] as const) {
+    const logits = normals(rows * vocab, vocab, scale), suppressed = new Uint8Array(vocab);
+    for (let v = 0; v < vocab; v += 7) suppressed[v] = 1;
+    const got = await drawAll(logits, vocab, temperature, suppressed, topP);
+    const { equal, worst } = compare(got, logits, vocab, temperature, suppressed, topP);
+    assert.ok(equal >= 0.999, `topP ${topP}: ${equal} of the draws are equal`);
+    assert.ok(worst < 1e-5, `topP ${topP}: a log-prob is off by ${worst}`);
+    // So small a share holds the highest logit only, but its log-prob is that of the whole distribution.
+    const least = await drawAll(logits, vocab, temperature, suppressed, 1e-6);
+    assert.equal(compare(least, logits, vocab, temperature, suppressed, 1e-6).equal, 1);
+    const greedy = await drawAll(logits, vocab, 0, suppressed);
+    assert.deepEqual(least.map(({ id }) => id), greedy.map(({ id }) => id));
+  }
+});
+
 Deno.test("greedy draws take the highest logit, the first of equals, never a suppressed id", async () => {
   if (!await startWebgpu()) return;
   for (const vocab of [1, 3, 33, 1000]) {
@@ -107,11 +145,12 @@ Deno.test("logits that are not finite, or no id left, are marked", async () => {
   logits[5] = NaN;
   logits[40 + 39] = Infinity;
   const suppressed = new Uint8Array(40);
-  assert.deepEqual((await drawAll(logits, 40, 1, suppressed)).slice(0, 2).map(({ id }) => id), [
-    NOT_FINITE,
-    NOT_FINITE,
-  ]);
-  assert.deepEqual((await drawAll(logits, 40, 1, suppressed.fill(1))).map(({ id }) => id), Array(4).fill(NO_ID));
+  for (const topP of [1, 0.9, 1e-6]) {
+    const drawn = async (suppressed: Uint8Array) =>
+      (await drawAll(logits, 40, 1, suppressed, topP)).map(({ id }) => id);
+    assert.deepEqual((await drawn(suppressed)).slice(0, 2), [NOT_FINITE, NOT_FINITE]);
+    assert.deepEqual(await drawn(new Uint8Array(40).fill(1)), Array(4).fill(NO_ID));
+  }
 });
 
 /** The head's product over `vocab` ids of width k. */

@@ -3,7 +3,8 @@
  * for each token; drawing happens on the device and the host reads ids and log-probs every few tokens only.
  *
  * Draws follow the counters of `sampler.ts`, so they are the host sampler's except where float32 rounding decides a near tie.
- * A nucleus (top-p below 1) needs a sort of the vocabulary and is not done here: such calls take the host's loop.
+ * For a nucleus (top-p below 1) the head writes its logits, of 64 rows at a time, and `nucleus.ts` finds in them where each
+ * row's nucleus ends; a plan serves both, and any top-p.
  *
  * @module
  */
@@ -22,7 +23,15 @@ import {
   suppressedBits,
 } from "./input.ts";
 import { DeviceMemory, flushTensors, guarded, Pipelines, tensorBuffer, webgpuBackend } from "./memory.ts";
-import { DecodePlan, encodeStep, type Launch, type PlanParts, type PromptBuffers } from "./plan.ts";
+import {
+  DecodePlan,
+  type Drawing,
+  encodeStep,
+  type Launch,
+  nucleusBytes,
+  type PlanParts,
+  type PromptBuffers,
+} from "./plan.ts";
 import { WeightBuffers } from "./weights.ts";
 import { NOT_FINITE } from "./wgsl.ts";
 
@@ -43,6 +52,11 @@ const SUBMIT_DISPATCHES = 512;
 
 const powerOfTwo = (n: number, least: number): number => Math.max(least, 2 ** Math.ceil(Math.log2(n)));
 
+/** A greedy draw is that of any nucleus. */
+function drawingOf({ temperature, topP = 1 }: DecodeInput): Drawing {
+  return { greedy: temperature === 0, nucleus: temperature > 0 && topP < 1 };
+}
+
 /** The generation engine of one policy. Calls of {@linkcode generate} wait for each other. */
 export class DecodeEngine {
   readonly #config: QwenConfig;
@@ -54,8 +68,12 @@ export class DecodeEngine {
   #queue: Promise<unknown> = Promise.resolve();
   #disposed = false;
 
-  /** Why the engine cannot run a model of these sizes on the current backend, or undefined where it can. */
-  static unsupported({ text }: QwenConfig): string | undefined {
+  /**
+   * Why the engine cannot run a model of these sizes on the current backend, or undefined where it can.
+   *
+   * @param nucleus Whether it is to draw from a nucleus (top-p below 1), which takes the logits of 64 rows in one binding.
+   */
+  static unsupported({ text }: QwenConfig, nucleus = false): string | undefined {
     const backend = webgpuBackend();
     if (!backend) return "the backend is not WebGPU";
     const { limits } = backend.device, { hiddenSize, heads, headDim, intermediateSize } = text;
@@ -64,6 +82,11 @@ export class DecodeEngine {
     const largest = 4 * hiddenSize * Math.max(intermediateSize, heads * headDim);
     if (largest > limits.maxStorageBufferBindingSize) {
       return `a weight matrix takes ${largest} bytes, but the adapter binds ${limits.maxStorageBufferBindingSize} at most`;
+    }
+    const most = Math.min(limits.maxStorageBufferBindingSize, limits.maxBufferSize);
+    if (nucleus && nucleusBytes(text.vocabSize) > most) {
+      return `the logits of a nucleus (topP < 1) take ${nucleusBytes(text.vocabSize)} bytes, ` +
+        `but the adapter binds ${most} at most`;
     }
     const shared = 4 * (2 * headDim + 3 * 128 + 4 * Math.max(128, headDim));
     if (shared > limits.maxComputeWorkgroupStorageSize) return `heads of ${headDim} are too wide for the adapter`;
@@ -196,7 +219,7 @@ export class DecodeEngine {
       const logits = tensorBuffer(backend, input.firstLogits);
       flushTensors(backend);
       this.#writeInputs(plan, input);
-      return { plan, prompt, first: plan.first(count, logits, input.temperature === 0) };
+      return { plan, prompt, first: plan.first(count, logits, drawingOf(input)) };
     });
     try {
       const out = await this.#run(plan, prompt, first, input);
@@ -216,7 +239,7 @@ export class DecodeEngine {
   }
 
   async #run(plan: DecodePlan, prompt: PromptBuffers, first: Launch[], input: DecodeInput): Promise<DecodeOutput> {
-    const { lengths, maxNewTokens, temperature, checkEvery = 16 } = input, greedy = temperature === 0;
+    const { lengths, maxNewTokens, checkEvery = 16 } = input, drawing = drawingOf(input);
     const out: DecodeOutput = {
       ids: lengths.map(() => []),
       logprobs: lengths.map(() => []),
@@ -227,7 +250,7 @@ export class DecodeEngine {
       const until = Math.min(maxNewTokens, done + Math.ceil(checkEvery));
       if (count !== running.length && until > 1) {
         count = running.length;
-        launches = await this.#recorded(() => plan.step(count, prompt, greedy));
+        launches = await this.#recorded(() => plan.step(count, prompt, drawing));
       }
       this.#submitSteps(first, launches, done, until);
       running = this.#take(await this.#read(plan, done, until), plan.slots, done, running, input, out);

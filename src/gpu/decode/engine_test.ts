@@ -129,6 +129,69 @@ Deno.test("a table beyond the binding limit is split by rows, with the same resu
   });
 });
 
+/** The policy's own loop, that draws each token on the host. */
+async function onHost(policy: QwenPolicy, prompts: readonly Sequence[], options: GenerateOptions) {
+  return (await policy.generateWithLogits(prompts, options)).completions;
+}
+
+Deno.test("topP 0.9: the host loop's tokens and log-probs (1e-4), whole and split tables, no look between", async () => {
+  await withPolicy(async (policy) => {
+    const engines = [undefined, 40_000].map((tableBytes) =>
+      new DecodeEngine(policy.config, policy.weights, { tableBytes })
+    );
+    for (const prompts of [textPrompts(policy, 3), await picturePrompts(policy, 1)]) {
+      const options = {
+        maxNewTokens: 20,
+        temperature: 0.8,
+        topP: 0.9,
+        seed: 5,
+        stopTokens: [],
+        suppressTokens: [7, 496],
+      };
+      const want = await onHost(policy, prompts, options);
+      for (const engine of engines) {
+        const got = await generateWith(engine, policy, prompts, { ...options, checkEvery: 64 });
+        assert.deepEqual(got.ids, want.map(({ ids }) => ids));
+        assert.deepEqual(got.finish, want.map(({ finish }) => finish));
+        got.logprobs.forEach((row, r) => {
+          row.forEach((p, i) => assert.ok(Math.abs(p - want[r].logprobs[i]) < 1e-4, `row ${r}, token ${i}`));
+        });
+      }
+    }
+    const prompts = textPrompts(policy, 3), options = { maxNewTokens: 12, seed: 2, stopTokens: [] };
+    const greedy = await generateWith(engines[0], policy, prompts, { ...options, temperature: 0 });
+    const least = await generateWith(engines[0], policy, prompts, { ...options, topP: 1e-6 });
+    assert.deepEqual(least.ids, greedy.ids);
+    // One plan serves every topP: none leaves its nucleus to the next.
+    const all = await generateWith(engines[1], policy, prompts, options);
+    assert.deepEqual(await generateWith(engines[0], policy, prompts, options), all);
+    engines.forEach((engine) => engine.dispose());
+  });
+});
+
+Deno.test("topP 0.9 with 70 rows that stop early: two windows of logits, compacted; the host's tokens", async () => {
+  await withPolicy(async (policy) => {
+    const prompts = textPrompts(policy, 70), stopTokens = Array.from({ length: 40 }, (_, i) => 12 * i);
+    const keys = prompts.map((_, i) => [5, 100 + i, 1] as const);
+    const options = { maxNewTokens: 24, temperature: 0.9, topP: 0.9, seed: 11, stopTokens, keys };
+    const seen: [number, number][] = [], counts: [number, number][] = [];
+    const engine = new DecodeEngine(policy.config, policy.weights);
+    const onToken = (tokens: number, running: number) => seen.push([tokens, running]);
+    const got = await generateWith(engine, policy, prompts, { ...options, checkEvery: 4, onToken });
+    const want = await onHost(policy, prompts, { ...options, onToken: (t, r) => counts.push([t, r]) });
+    engine.dispose();
+    const same = want.filter(({ ids }, r) => ids.join() === got.ids[r].join());
+    assert.ok(same.length >= 68, `${same.length} of 70 rows are equal`);
+    if (same.length === 70) assert.deepEqual(seen, counts);
+    assert.ok(counts.some(([, running]) => running > 0 && running < 64) && seen.at(-1)![1] < 70);
+    want.forEach(({ ids, logprobs, finish }, r) => {
+      if (ids.join() !== got.ids[r].join()) return;
+      assert.equal(got.finish[r], finish);
+      logprobs.forEach((p, i) => assert.ok(Math.abs(p - got.logprobs[r][i]) < 1e-4, `row ${r}, token ${i}`));
+    });
+  });
+});
+
 Deno.test("rows may share a prompt, and a row's tokens do not depend on its place in the batch", async () => {
   await withPolicy(async (policy) => {
     const engine = new DecodeEngine(policy.config, policy.weights), [prompt] = textPrompts(policy, 1);
@@ -162,8 +225,10 @@ Deno.test("device memory stays bounded over calls, and is given back", async () 
   await withPolicy(async (policy) => {
     const engine = new DecodeEngine(policy.config, policy.weights);
     const round = async () => {
-      for (const [count, maxNewTokens] of [[3, 5], [1, 40], [6, 9], [4, 30], [2, 1]]) {
-        await generateWith(engine, policy, textPrompts(policy, count), { maxNewTokens, stopTokens: [] });
+      for (
+        const [count, maxNewTokens, topP] of [[3, 5, 1], [1, 40, 0.9], [6, 9, 0.5], [4, 30, 1], [2, 1, 0.8], [2, 3, 1]]
+      ) {
+        await generateWith(engine, policy, textPrompts(policy, count), { maxNewTokens, topP, stopTokens: [] });
       }
     };
     await round();
@@ -216,10 +281,13 @@ Deno.test("bad input is refused in one line", async () => {
         [{ maxNewTokens: 0 }, /positive integer/],
         [{ maxNewTokens: 2 ** 24 }, /step records would take .* MiB/],
         [{ temperature: -1 }, /temperature/],
+        [{ topP: 0 }, /topP must be in \(0, 1\], got 0/],
+        [{ topP: 1.5 }, /topP must be in \(0, 1\], got 1.5/],
         [{ suppressed: new Uint8Array(3) }, /512 flags/],
         [{ logitsRows: [0, 2] }, /line 2 of 2 first logits/],
         [{ logitsRows: [0] }, /first logits of 2 rows/],
         [{ firstLogits: poisoned }, /token 0 of sequence \[0,0,0\]: the logits are not finite/],
+        [{ firstLogits: poisoned, topP: 0.9 }, /token 0 of sequence \[0,0,0\]: the logits are not finite/],
       ] as const
     ) {
       await assert.rejects(engine.generate({ ...input, ...change }), (error: Error) => {
@@ -241,6 +309,9 @@ Deno.test("a model that the adapter cannot bind, or another backend, is refused 
     assert.equal(DecodeEngine.supports(config), true);
     const huge = { ...config, text: { ...config.text, hiddenSize: 2 ** 17, intermediateSize: 2 ** 18 } };
     assert.match(DecodeEngine.unsupported(huge) ?? "", /a weight matrix takes \d+ bytes/);
+    const wordy = { ...config, text: { ...config.text, vocabSize: 2 ** 40 } };
+    assert.equal(DecodeEngine.supports(wordy), true);
+    assert.match(DecodeEngine.unsupported(wordy, true) ?? "", /the logits of a nucleus \(topP < 1\) take \d+ bytes/);
     assert.throws(() => new DecodeEngine(huge, weights), /cannot be used: a weight matrix/);
     await tf.setBackend("cpu");
     assert.equal(DecodeEngine.unsupported(config), "the backend is not WebGPU");

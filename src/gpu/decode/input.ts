@@ -6,6 +6,7 @@
 import type { tf } from "../../deps.ts";
 import type { QwenConfig } from "../../policy/config.ts";
 import { hashName } from "../../random.ts";
+import { nucleusShare } from "./nucleus.ts";
 import { ROW_WORDS, STEP_STRIDE } from "./wgsl.ts";
 
 const PURPOSE = hashName("sample");
@@ -31,6 +32,8 @@ export interface DecodeInput {
   seed: number;
   /** 0 is greedy. */
   temperature: number;
+  /** Nucleus mass in (0, 1]. @default {1} */
+  topP?: number;
   /** Vocabulary-sized; 1 at ids that are never drawn. */
   suppressed: Uint8Array;
   /** Ids that end a row. */
@@ -84,6 +87,7 @@ export function checkInput(input: DecodeInput, { text }: QwenConfig, limit: numb
     suppressed,
     maxNewTokens,
     temperature,
+    topP = 1,
     checkEvery = 1,
   } = input;
   const { layers, kvHeads, headDim, vocabSize } = text, count = lengths.length;
@@ -122,6 +126,7 @@ export function checkInput(input: DecodeInput, { text }: QwenConfig, limit: numb
     fail(`maxNewTokens must be a positive integer, got ${maxNewTokens}`);
   }
   if (!(temperature >= 0)) fail(`the temperature must be ≥ 0, got ${temperature}`);
+  if (!(topP > 0 && topP <= 1)) fail(`topP must be in (0, 1], got ${topP}`);
   if (!(checkEvery >= 1)) fail(`checkEvery must be ≥ 1, got ${checkEvery}`);
   for (const [name, x] of [["first logits", firstLogits], ["keys of the prompts", k[0]]] as const) {
     if (x.size * 4 > limit) {
@@ -148,12 +153,15 @@ export function rowRecords(input: DecodeInput, running: readonly number[]): Uint
 
 /** The records of all steps. */
 export function stepRecords(input: DecodeInput, slots: number): Uint32Array<ArrayBuffer> {
-  const { seed, temperature, maxNewTokens } = input, k0 = ((seed >>> 0) ^ PURPOSE) >>> 0;
+  const { seed, temperature, topP = 1, maxNewTokens } = input, k0 = ((seed >>> 0) ^ PURPOSE) >>> 0;
+  const { share, fromTop } = nucleusShare(topP);
   const words = new Uint32Array((maxNewTokens * STEP_STRIDE) / 4), floats = new Float32Array(words.buffer);
   for (let step = 0; step < maxNewTokens; step++) {
     const at = (step * STEP_STRIDE) / 4;
     words.set([step, slots, k0, Math.floor(seed / 4294967296) >>> 0], at);
     floats[at + 4] = temperature > 0 ? 1 / temperature : 1;
+    floats[at + 5] = share;
+    words[at + 6] = Number(fromTop);
   }
   return words;
 }

@@ -10,6 +10,7 @@
  * - `residual`: adds to what `out` holds (output projection, down projection).
  * - `swiglu`: RMS norm; two matrices; silu(gate)·up.
  * - `head`: RMS norm; temperature, noise and softmax sums; leaves one `Draw` a part of the vocabulary, no logits.
+ * - `logits`: RMS norm; the head where a nucleus needs all logits of a row: written to `[rows, V]`.
  *
  * Cost: rows·N·K multiply-adds; W is read once for each block of up to 64 rows. A thread holds `rowsEach` × `outputsEach` sums;
  * `lanes` threads share the K axis and add up through workgroup memory in a fixed order, so results do not depend on timing.
@@ -77,7 +78,8 @@ export type LinearKind =
     parts: number;
     firstPart: number;
     rounds: number;
-  };
+  }
+  | { op: "logits"; vocab: number; first: number; outputs: number; rounds: number };
 
 /** Options of {@linkcode linearKernel}. */
 export interface LinearOptions {
@@ -112,9 +114,12 @@ function segmentsOf(kind: LinearKind): Segment[] {
   return [{ weights: kind.op === "swiglu" ? ["wg", "wu"] : ["w"], outputs: kind.outputs, offset: 0 }];
 }
 
+/** How many tiles of outputs a workgroup does, one after the other. */
+const roundsOf = (kind: LinearKind): number => "rounds" in kind ? kind.rounds : 1;
+
 /** Workgroups along the outputs. */
 export function outputWorkgroups(kind: LinearKind, tile: Tile): number {
-  const width = tileOutputs(tile) * (kind.op === "head" ? kind.rounds : 1);
+  const width = tileOutputs(tile) * roundsOf(kind);
   return segmentsOf(kind).reduce((sum, { outputs }) => sum + Math.ceil(outputs / width), 0);
 }
 
@@ -174,6 +179,8 @@ function epilogue(o: LinearOptions): string {
         case "swiglu":
           return `let g${n} = va0_${i}_${n} * f${i}; ` +
             `${at(rowStride(kind.outputs))} = g${n} / (1.0 + fexp(-g${n})) * (va1_${i}_${n} * f${i});`;
+        case "logits":
+          return `out[row * ${kind.vocab}u + ${kind.first}u + local + ${n}u] = va0_${i}_${n} * f${i};`;
         default:
           return "";
       }
@@ -207,6 +214,8 @@ function bindingList({ kind, depth }: LinearOptions): (readonly [BindingKind, st
       return [x, read("w"), ["write", "out", floats]];
     case "swiglu":
       return [x, norm, read("wg"), read("wu"), ["write", "out", floats]];
+    case "logits":
+      return [x, norm, read("w"), ["write", "out", floats]];
     case "head":
       return [
         x,
@@ -224,7 +233,7 @@ function bindingList({ kind, depth }: LinearOptions): (readonly [BindingKind, st
 export function linearKernel(o: LinearOptions): Kernel {
   const { kind, tile } = o, { rowsEach, lanes, outputGroups, rowGroups, outputsEach } = tile;
   const threads = lanes * outputGroups * rowGroups, segments = segmentsOf(kind), list = bindingList(o);
-  const head = kind.op === "head", rounds = head ? kind.rounds : 1, width = tileOutputs(tile) * rounds;
+  const head = kind.op === "head", rounds = roundsOf(kind), width = tileOutputs(tile) * rounds;
   const sums = segments[0].weights.flatMap((_, i) => times(outputsEach, (n) => `a${i}_#_${n}`));
   const all = head || kind.op !== "residual" ? [...sums, "ss#"] : sums;
   let before = 0;

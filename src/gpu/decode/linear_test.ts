@@ -70,6 +70,15 @@ async function check(kind: LinearKind["op"], rows: number, k: number, n: number,
       }
     }
     near(got, want, what);
+  } else if (kind === "logits") {
+    // Two windows of ids, tiles in two rounds; each writes its part of the lines.
+    const first = n >> 1, out = new Float32Array(count * n), y = product(h, w, rows, k, n);
+    const part = { op: kind, vocab: n, rounds: 2 } as const;
+    const upper = await run({ ...part, first, outputs: n - first }, [xs, padded, w.slice(first * k)], out);
+    const got = first
+      ? await run({ ...part, first: 0, outputs: first }, [xs, padded, w.slice(0, first * k)], upper)
+      : upper;
+    near(got, y, what);
   } else if (kind === "residual") {
     const before = normals(rows * n, 6),
       got = await run({ op: "residual", outputs: n }, [xs, w], spread(before, rows, n, count));
@@ -88,6 +97,13 @@ for (const kind of ["qkv", "residual", "swiglu"] as const) {
     for (const [rows, k, n] of sizes) for (const software of [true, false]) await check(kind, rows, k, n, software);
   });
 }
+
+Deno.test("decode kernel logits equals plain sums, window by window of ids (2e-5)", async () => {
+  if (!await startWebgpu()) return;
+  for (const [rows, k, n] of [[1, 4, 1], [3, 7, 5], [7, 37, 67]]) {
+    for (const software of [true, false]) await check("logits", rows, k, n, software);
+  }
+});
 
 Deno.test("tiles fit their rows and a workgroup of 256 threads", () => {
   for (const software of [true, false]) {

@@ -1,12 +1,13 @@
 /**
  * A recorded decode step: buffers for a number of rows and tokens, and the list of dispatches that make one token, five a layer
- * and two for the head, encoded again for each token.
+ * and two for the head (with a nucleus three for each 64 rows, and one), encoded again for each token.
  *
  * @module
  */
 import type { QwenConfig } from "../../policy/config.ts";
 import { attentionKernel, loneAttentionKernel } from "./attention.ts";
 import { DRAW_PARTS, joinKernel, LOGITS_WORKGROUPS, logitsKernel } from "./draw.ts";
+import { nucleusKernel } from "./nucleus.ts";
 import {
   chooseTile,
   linearKernel,
@@ -62,6 +63,24 @@ export interface PromptBuffers {
   turns: GPUBuffer;
 }
 
+/** How a plan draws. */
+export interface Drawing {
+  /** The highest logit. */
+  greedy: boolean;
+  /** Ids of the nucleus only; never together with greedy. */
+  nucleus: boolean;
+}
+
+/** What a plan has for a nucleus, made when one is asked for first. */
+interface NucleusBuffers {
+  /** Logits of a window of rows, `[min(slots, WINDOW_ROWS), V]`. */
+  logits: GPUBuffer;
+  /** The smallest logit of each row's nucleus. */
+  floors: GPUBuffer;
+  /** 0, 1, 2, …: the line of `logits` that is a row's. */
+  lines: GPUBuffer;
+}
+
 /** How the head's product is dealt out: pieces of the table, each over some workgroups. */
 interface HeadPart extends TableChunk {
   rounds: number;
@@ -75,6 +94,14 @@ const LONE_THREADS = 8;
 const LONE_HEAD = 64;
 /** Workgroups that the head's product is dealt to at most. */
 const HEAD_WORKGROUPS = 1024;
+/**
+ * Rows whose logits are held at once where there is a nucleus. The head reads its weights once for as many rows anyway, and
+ * bindings that begin at a multiple of 64 rows are aligned, whatever the width.
+ */
+const WINDOW_ROWS = 64;
+
+/** Bytes of the largest binding that a nucleus needs: the logits of a window of rows. */
+export const nucleusBytes = (vocab: number): number => 4 * vocab * WINDOW_ROWS;
 
 function headParts(chunks: readonly TableChunk[], tile: Tile, rows: number): HeadPart[] {
   const most = Math.max(64, Math.floor(HEAD_WORKGROUPS / Math.ceil(rows / tileRows(tile))));
@@ -111,6 +138,7 @@ export class DecodePlan {
   /** Draws between rows of `#draws`. */
   readonly #stride: number;
   readonly #chunks: TableChunk[];
+  #nucleus: NucleusBuffers | undefined;
   #version = -1;
   #groups = new Map<string, GPUBindGroup>();
   readonly #kernels = new Map<string, Kernel>();
@@ -249,8 +277,83 @@ export class DecodePlan {
     ];
   }
 
+  /** The buffers of a nucleus; bounded by {@linkcode WINDOW_ROWS} rows of logits, however many rows run. */
+  #nucleusBuffers(): NucleusBuffers {
+    if (this.#nucleus) return this.#nucleus;
+    const { config: { text }, memory } = this.parts, { STORAGE, COPY_DST } = GPUBufferUsage;
+    const rows = Math.min(this.slots, WINDOW_ROWS), made: GPUBuffer[] = [];
+    const make = (label: string, words: number, usage: number) => {
+      const buffer = memory.create(label, words * 4, usage);
+      made.push(buffer);
+      return buffer;
+    };
+    try {
+      const logits = make(`logits of ${rows} rows`, rows * text.vocabSize, STORAGE);
+      const floors = make("floors of the nuclei", this.slots, STORAGE);
+      const lines = make("lines of the logits", rows, STORAGE | COPY_DST);
+      memory.device.queue.writeBuffer(lines, 0, Uint32Array.from({ length: rows }, (_, i) => i));
+      return this.#nucleus = { logits, floors, lines };
+    } catch (error) {
+      for (const buffer of made) memory.release(buffer);
+      throw error;
+    }
+  }
+
+  /** A window of rows after the other: their logits, their floors, their partial draws. */
+  #nucleusHead(count: number): Launch[] {
+    const { config: { text }, weights } = this.parts, { logits, lines } = this.#nucleusBuffers();
+    const launches: Launch[] = [];
+    for (let from = 0; from < count; from += WINDOW_ROWS) {
+      const rows = Math.min(WINDOW_ROWS, count - from), offset = from * rowStride(text.hiddenSize) * 4;
+      headParts(this.#chunks, this.#tile(rows, text.hiddenSize), rows).forEach((part, c) => {
+        const kind: LinearKind = {
+          op: "logits",
+          vocab: text.vocabSize,
+          first: part.first,
+          outputs: part.rows,
+          rounds: part.rounds,
+        };
+        launches.push(this.#linear(`logits ${c} from ${from}`, kind, text.hiddenSize, rows, () => [
+          { buffer: this.x, offset },
+          weights.vector("norm"),
+          this.#table(weights.head, c),
+          logits,
+        ]));
+      });
+      launches.push(...this.#nucleusDraws(`from ${from}`, logits, lines, from, rows));
+    }
+    return launches;
+  }
+
+  /** Floors and partial draws of `count` rows from row `from` on, whose logits are the `lines` of `logits`. */
+  #nucleusDraws(name: string, logits: GPUBuffer, lines: GPUBuffer, from: number, count: number): Launch[] {
+    const { config: { text: { vocabSize } }, suppressed, software } = this.parts;
+    const floors = { buffer: this.#nucleusBuffers().floors, offset: from * 4 };
+    const find = this.#kernel({ nucleus: vocabSize }, () => nucleusKernel(vocabSize, software ? 16 : 256));
+    const draw = this.#kernel({ draw: vocabSize }, () => logitsKernel(vocabSize, false, this.#stride, true));
+    return [
+      this.#launch(`${name} floors`, find, () => [logits, lines, suppressed, floors, this.steps], count, 1),
+      this.#launch(
+        `${name} draws`,
+        draw,
+        () => [
+          logits,
+          lines,
+          suppressed,
+          { buffer: this.rows, offset: from * ROW_WORDS * 4 },
+          floors,
+          { buffer: this.#draws, offset: from * this.#stride * 20 },
+          this.steps,
+        ],
+        LOGITS_WORKGROUPS,
+        count,
+      ),
+    ];
+  }
+
   /** The head: from the residual stream to partial draws. */
-  #head(count: number, greedy: boolean): { launches: Launch[]; parts: number } {
+  #head(count: number, { greedy, nucleus }: Drawing): { launches: Launch[]; parts: number } {
+    if (nucleus) return { launches: this.#nucleusHead(count), parts: DRAW_PARTS };
     const { config: { text }, weights, suppressed } = this.parts;
     const parts = headParts(this.#chunks, this.#tile(count, text.hiddenSize), count);
     const launches = parts.map(({ first, rows, rounds, firstPart }, c) => {
@@ -303,7 +406,10 @@ export class DecodePlan {
   }
 
   /** The dispatches that draw each row's first token from logits, `[D, V]`. */
-  first(count: number, logits: GPUBuffer, greedy: boolean): Launch[] {
+  first(count: number, logits: GPUBuffer, { greedy, nucleus }: Drawing): Launch[] {
+    if (nucleus) {
+      return [...this.#nucleusDraws("prompt", logits, this.lines, 0, count), ...this.#join(count, DRAW_PARTS)];
+    }
     const { config, suppressed } = this.parts, kernel = logitsKernel(config.text.vocabSize, greedy, this.#stride);
     const resources = () => [logits, this.lines, suppressed, this.rows, this.#draws, this.steps];
     return [
@@ -313,10 +419,10 @@ export class DecodePlan {
   }
 
   /** The dispatches that draw the next token of `count` running rows. */
-  step(count: number, prompt: PromptBuffers, greedy: boolean): Launch[] {
+  step(count: number, prompt: PromptBuffers, drawing: Drawing): Launch[] {
     const launches: Launch[] = [];
     for (let i = 0; i < this.parts.config.text.layers; i++) launches.push(...this.#layer(i, count, prompt));
-    const head = this.#head(count, greedy);
+    const head = this.#head(count, drawing);
     return [...launches, ...head.launches, ...this.#join(count, head.parts)];
   }
 
@@ -345,6 +451,7 @@ export class DecodePlan {
     ) {
       memory.release(b);
     }
-    for (const cache of this.caches) memory.release(cache);
+    for (const buffer of [...this.caches, ...Object.values(this.#nucleus ?? {})]) memory.release(buffer);
+    this.#nucleus = undefined;
   }
 }

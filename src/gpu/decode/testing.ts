@@ -12,6 +12,7 @@ import { head } from "../../policy/text.ts";
 import { RandomStream } from "../../random.ts";
 import { chooseBackend } from "../backend.ts";
 import { guarded, Pipelines, webgpuBackend } from "./memory.ts";
+import { nucleusShare } from "./nucleus.ts";
 import { type Kernel, STEP_STRIDE } from "./wgsl.ts";
 import type { DecodeEngine, DecodeInput, DecodeOutput } from "./engine.ts";
 
@@ -57,6 +58,7 @@ export async function generateWith(
       keys: options.keys ?? sequences.map((_, i) => [0, i, 0] as const),
       seed: options.seed ?? 0,
       temperature: options.temperature ?? 1,
+      topP: options.topP,
       suppressed,
       stop: new Set(options.stopTokens ?? policy.stopTokens),
       maxNewTokens: options.maxNewTokens,
@@ -74,10 +76,12 @@ export function stepRecord(
   slots: number,
   seed: readonly [number, number],
   scale: number,
+  topP = 1,
 ): Uint32Array<ArrayBuffer> {
-  const words = new Uint32Array(STEP_STRIDE / 4);
+  const words = new Uint32Array(STEP_STRIDE / 4), { share, fromTop } = nucleusShare(topP);
   words.set([step, slots, ...seed]);
-  new Float32Array(words.buffer)[4] = scale;
+  new Float32Array(words.buffer).set([scale, share], 4);
+  words[6] = Number(fromTop);
   return words;
 }
 

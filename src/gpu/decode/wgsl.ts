@@ -31,6 +31,8 @@ struct Step {
   seed0: u32,     // key of the generator
   seed1: u32,
   scale: f32,     // 1 / temperature
+  share: f32,     // where there is a nucleus: the share of the mass that leads to its floor
+  fromTop: u32,   // 1: counted from the highest logit; 0: from the lowest
 }
 struct Row {
   slot: u32,      // row of the batch as it began
@@ -129,16 +131,19 @@ fn joinDraws(a: Draw, b: Draw) -> Draw {
  * id) and `step`, and a `vocab` constant.
  *
  * @param greedy Leaves the noise out.
+ * @param nucleus Takes one more argument, `lowest`: smaller logits are not drawn; they count in the softmax all the same.
  */
-export function considerFunction(greedy: boolean): string {
+export function considerFunction(greedy: boolean, nucleus = false): string {
+  const better = `score > out.score || out.id == ${NO_ID}u`;
+  const isTaken = (logit: string) => nucleus ? `${logit} >= lowest && (${better})` : better;
   const one = (c: string, i: number) => /* wgsl */ `
   if ((hidden & ${1 << i}u) == 0u && v + ${i}u < vocab) {
     let score = z.${c}${greedy ? "" : ` + gumbel(noise.${c})`};
     if ((bitcast<u32>(logits.${c}) & 0x7f800000u) == 0x7f800000u) { bad = true; }
-    if (score > out.score || out.id == ${NO_ID}u) { out.score = score; out.id = v + ${i}u; out.logit = logits.${c}; }
+    if (${isTaken(`logits.${c}`)}) { out.score = score; out.id = v + ${i}u; out.logit = logits.${c}; }
   } else { z.${c} = -1.0e30; }`;
   return /* wgsl */ `
-fn consider(before: Draw, row: Row, v: u32, logits: vec4f) -> Draw {
+fn consider(before: Draw, row: Row, v: u32, logits: vec4f${nucleus ? ", lowest: f32" : ""}) -> Draw {
   var out = before;
   let hidden = (suppressed[v >> 5u] >> (v & 31u)) & 15u;
   var z = logits * step.scale;
