@@ -300,15 +300,16 @@ function spread(total: number, parts: number): number[] {
 }
 
 /**
- * The same pieces and more, of at least one token together, that fill everything up to bucket sizes (with a single piece) or to the
- * sizes of a pass. Nothing attends to the padding, or is computed from it; whoever takes results leaves its rows out.
+ * The same pieces and more, of at least one token together, that fill everything up to bucket sizes (with pieces no longer than the
+ * longest there is: plain attention lays all pieces out as long as the longest) or to the sizes of a pass. Nothing attends to the padding, or is computed from it; whoever takes results leaves its rows out.
  *
  * Padding costs little more than its tokens, because it is spread: as attention goes with the square of a piece, over all spare
  * pieces, and as the gradient of a row is summed up one by one, over many rows.
  */
 export function padded(packed: Packed, config: QwenConfig, sizes?: PassSizes): Packed {
   const { ids, lengths, featureRow, images, index, keys } = packed, tokens = ids.length;
-  const length = (sizes?.tokens ?? bucketed(tokens + 1)) - tokens, pieces = (sizes?.pieces ?? 0) - lengths.length;
+  const length = (sizes?.tokens ?? bucketed(tokens + 1)) - tokens;
+  const pieces = sizes ? sizes.pieces - lengths.length : Math.ceil(length / Math.max(...lengths));
   const own = spread(length, Math.max(1, pieces)), features = featureRows(packed, config);
   const out: Packed = {
     ids: concatenated([ids, rangeOf(0, length).map((i) => i % config.text.vocabSize)]),
