@@ -29,12 +29,12 @@ function countTokens(policy: QwenPolicy): { take(): number } {
 }
 
 async function updateRows(backend: string, policy: QwenPolicy, trajectories: readonly Trajectory[]): Promise<Row[]> {
-  const { logProbs } = policy, counter = countTokens(policy);
+  const { gradients } = policy, counter = countTokens(policy);
   // Alternating rewards: no group is left out for want of an advantage.
   const rewards = trajectories.map((_, i) => i % 2), trainer = new Trainer(policy, { learningRate: 1e-6 });
   const step = (sharePrefix: boolean) => async () => {
-    policy.logProbs = (sequences, masks, options) =>
-      logProbs.call(policy, sequences, masks, { ...options, sharePrefix });
+    policy.gradients = (request) =>
+      gradients.call(policy, { ...request, options: { ...request.options, sharePrefix } });
     await trainer.update(trajectories, rewards);
   };
   await step(true)();
@@ -42,7 +42,7 @@ async function updateRows(backend: string, policy: QwenPolicy, trajectories: rea
   await step(false)();
   const whole = counter.take();
   const { first, second } = await alternate(ROUNDS, step(true), step(false));
-  policy.logProbs = logProbs;
+  policy.gradients = gradients;
   trainer.dispose();
   const peer = "each conversation on its own";
   return [
