@@ -39,6 +39,8 @@ export interface PlanSettings {
   reference: boolean;
   /** Conversations of an evaluation at once; 0 for no evaluation. */
   evalBatch: number;
+  /** Whether a nucleus is drawn from (top-p below 1). */
+  nucleus: boolean;
   backend: "webgpu" | "wasm";
   kernels: "fused" | "plain";
 }
@@ -200,7 +202,8 @@ export class MemoryPlanner {
 
   /** The generation engine's plans on WebGPU: 2·slots·capacity·Hₖ·d a layer for keys and values, and activations of slots. */
   #arenas(): PlanPart[] {
-    const { backend, kernels, turns, prompts, groupSize, method, evalBatch } = this.#settings, { text } = this.#config;
+    const { backend, kernels, turns, prompts, groupSize, method, evalBatch, nucleus } = this.#settings;
+    const { text } = this.#config;
     if (backend !== "webgpu" || kernels === "plain") return [];
     const plans = new Map<string, number>();
     const add = (rows: number) => {
@@ -214,7 +217,9 @@ export class MemoryPlanner {
     };
     add(method === "sft" ? 0 : prompts * groupSize);
     add(evalBatch);
-    const sizes = [...plans.values()].sort((a, b) => b - a).slice(0, MAX_PLANS);
+    // A nucleus is found in the logits of 64 rows at a time; where they don't fit a binding, the host draws.
+    const logits = nucleus ? 4 * 64 * text.vocabSize : 0;
+    const sizes = [...plans.values()].map((size) => size + logits).sort((a, b) => b - a).slice(0, MAX_PLANS);
     const name = `buffers of generation (${sizes.length} kept plans of rows × new tokens)`;
     return [{ name, bytes: sum(sizes), advice: rowsAdvice }];
   }

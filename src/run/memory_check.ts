@@ -186,11 +186,12 @@ export function planSettings(
   isEvaluated: boolean,
 ): PlanSettings {
   const { method, turns, prompts, groupSize, maxNewTokens, minibatches, tokensPerPass, ...rest } = settings;
-  const { gradientCheckpointing, trainVision, lossOn, beta, evalBatch } = rest;
+  const { gradientCheckpointing, trainVision, lossOn, beta, evalBatch, topP } = rest;
   return {
     ...{ method, turns, prompts, groupSize, maxNewTokens, minibatches, tokensPerPass },
     ...{ gradientCheckpointing, trainVision, lossOn, backend, kernels: currentKernels() },
     reference: beta > 0,
     evalBatch: isEvaluated ? evalBatch : 0,
+    nucleus: topP < 1,
   };
 }

@@ -107,7 +107,7 @@ const run: PlanSettings = {
     minibatches: 1,
     tokensPerPass: 2048,
   },
-  ...{ gradientCheckpointing: true, trainVision: false, lossOn: "all", reference: false, evalBatch: 8 },
+  ...{ gradientCheckpointing: true, trainVision: false, lossOn: "all", reference: false, evalBatch: 8, nucleus: false },
   ...{ backend: "wasm", kernels: "fused" },
 };
 
@@ -136,6 +136,7 @@ Deno.test("each option that a refusal names makes its part smaller", () => {
   const whole = total({});
   assert.ok(total({ gradientCheckpointing: false }) > whole);
   assert.ok(total({ tokensPerPass: 8192, gradientCheckpointing: false }) > total({ gradientCheckpointing: false }));
+  assert.ok(total({ backend: "webgpu", nucleus: true }) > total({ backend: "webgpu" }));
   assert.ok(total({ prompts: 16, evalBatch: 0 }) > total({ prompts: 1, evalBatch: 0 }));
   assert.ok(total({ reference: true }) > whole && total({ trainVision: true }) > whole);
   assert.ok(total({}, { promptTokens: 4600, turnTokens: 4400, imageTokens: 4096 }) > whole);
