@@ -153,10 +153,10 @@ export class MemoryPlanner {
     return isRecorded ? shared : undefined;
   }
 
-  /** The buffers of recorded passes stay while rollouts are made. */
+  /** The buffers of recorded passes stay while rollouts are made; those of passes of several sizes are not quite the same. */
   #recordings(): PlanPart[] {
     const isRecorded = this.#passTokens > 0;
-    const bytes = Math.min(activationBytes(this.#config, this.#passTokens), SHARED * MOST_BYTES);
+    const bytes = SHARED * Math.min(activationBytes(this.#config, this.#passTokens), MOST_BYTES);
     return isRecorded
       ? [{ name: `recorded passes of ${this.#passTokens} tokens`, bytes, advice: "lower --tokens-per-pass" }]
       : [];
