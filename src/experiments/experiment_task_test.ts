@@ -106,7 +106,6 @@ Deno.test("an experiment writes its tables, and what is done isn't done again", 
     const last = lines.map((text) => JSON.parse(text.trimEnd().split("\n").at(-1)!)["reward/mean"]);
     assert.ok(Math.abs(rewards.mean.at(-1)! - (last[0] + last[1]) / 2) < 1e-5);
     assert.equal(curve("base", "reward/mean"), undefined);
-    assert.equal(curve("warm", "policy_loss"), undefined);
     assert.equal(row("warm", "id", "accuracy"), undefined);
     assert.equal(row("base", "id", "accuracy")!.sd, 0);
     assert.equal(row("base", "id", "valid_ratio/one_turn"), undefined);

@@ -226,6 +226,8 @@ Deno.test("padding changes no real token's hidden state, and fills everything up
           assert.ok(sizes.chosen >= counts.chosen && sizes.rows >= counts.rows && sizes.width >= counts.width);
         } else {
           for (const size of [more.ids.length, more.keys?.rows.length ?? 16]) assert.equal(bucketed(size), size);
+          // Plain attention lays all pieces out as long as the longest.
+          assert.equal(Math.max(...more.lengths), Math.max(...packed.lengths));
         }
         assert.equal(segmentsOf(more.lengths).cu.at(-1), more.ids.length);
         if (more.keys) assert.equal(segmentsOf(more.keys.lengths).cu.at(-1), more.keys.rows.length);
